@@ -1,0 +1,338 @@
+"""D_α(P‖Q) between probability vectors: definitions 1 and 2 of the thesis, their conventions, the extended orders.
+
+The module owns one formula, shared with `rkd.loss`. With r = log(p/q), h = α − 1 and the non-negative generator
+
+    ψ_α(r) = (e^{αr} − 1 − α(e^r − 1)) / (α − 1),        ψ_1(r) = r e^r − e^r + 1,
+
+every order is D_α = log(1 + h·H_α)/h with H_α = Σ q ψ_α(r), a sum of terms that are never negative. That sum does
+not cancel near α = 1 or near P = Q, where the textbook formula (1.16) loses every digit. Orders below 1/2 are reached
+by skew symmetry, D_α(P‖Q)/α = D_{1−α}(Q‖P)/(1−α), so no division by a small α occurs either.
+Explained in the book: section 1.2 (the divergence) and 2.1 (the algorithm). All values are in nats.
+"""
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Order = float | Tensor
+ArrayLike = Any
+
+# expm1(x) stops growing here where its partner exp(-2x) or smaller is already negligible
+_EXP_LIMIT = 80.0
+# below this |r| and |hr| the generator is summed as a series; balances truncation against cancellation
+_SERIES_RADIUS = {torch.float32: 0.25, torch.float64: 2.0**-6}
+# |order - 1| below this counts as order 1: the difference to D_1 is far below rounding
+_TINY = 1e-30
+
+
+def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
+    """Rényi divergence D_α(P‖Q) of order α, eq. (1.16), with the extended orders (1.21)-(1.23). In nats.
+
+    Args:
+        p, q: probability vectors, shape (..., n), NumPy arrays, sequences or tensors. Leading axes broadcast. Rows
+            must be non-negative and sum to 1 (within 1e-3 for half precision, 1e-4 for float32, 1e-8 for float64);
+            they are normalised before use, so that rounding in their sum cannot make the divergence negative.
+        alpha: order(s) in [0, inf], a number or an array that broadcasts against the leading axes.
+
+    Returns:
+        D_α, shape (...), of the kind that came in: tensor for tensors, else NumPy. Half precision is computed and
+        returned in float32. Tensors are differentiable in `p` and `q`.
+        Conventions: 0·log(0/0) = 0; x/0 = inf. So D_α = inf where α >= 1 and some q_i = 0 < p_i, and for every α where
+        P and Q have disjoint supports. D_0 = -log Q(p > 0) (1.27), D_1 = KL (1.31), D_inf = max log(p/q) (1.33).
+
+    Raises:
+        TypeError: an argument is not numeric, or gradients with respect to `alpha` are asked for.
+        ValueError: `p` or `q` is negative, not finite or does not sum to 1; shapes differ; `alpha` is negative or NaN.
+
+    Source: van Erven & Harremoës, arXiv:1206.2459, definitions 1-2, theorems 4-6. Book: section 1.2.
+    """
+    as_numpy = not (isinstance(p, Tensor) or isinstance(q, Tensor))
+    p_row, q_row = _probabilities("p", p), _probabilities("q", q)
+    if p_row.shape[-1] != q_row.shape[-1]:
+        raise ValueError(f"p and q must have the same number of classes, got {p_row.shape[-1]} and {q_row.shape[-1]}")
+    dtype = torch.promote_types(p_row.dtype, q_row.dtype)
+    try:
+        p_row, q_row = torch.broadcast_tensors(p_row.to(dtype), q_row.to(dtype))
+    except RuntimeError:
+        raise ValueError(
+            f"the leading axes of p and q must broadcast, got shapes {tuple(p_row.shape)} and {tuple(q_row.shape)}"
+        ) from None
+    order = check_order(alpha, p_row)
+    if isinstance(order, Tensor):
+        try:
+            batch = torch.broadcast_shapes(p_row.shape[:-1], order.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"alpha of shape {tuple(order.shape)} does not broadcast against the leading axes {tuple(p_row.shape[:-1])}"
+            ) from None
+        p_row, q_row = (row.expand(*batch, row.shape[-1]) for row in (p_row, q_row))
+        order = order.expand(batch)
+    value = _DivergenceOfProbabilities.apply(p_row, q_row, order)[0]
+    return value.numpy()[()] if as_numpy else value
+
+
+def kl_divergence(p: ArrayLike, q: ArrayLike) -> Any:
+    """Kullback-Leibler divergence D_KL(P‖Q) = Σ p log(p/q), eq. (1.4), in nats: `renyi_divergence` at order 1.
+
+    Arguments, shapes, conventions and errors are those of `renyi_divergence`. Book: section 1.1.
+    """
+    return renyi_divergence(p, q, 1.0)
+
+
+def softmax(logits: ArrayLike, temperature: float = 1.0) -> Any:
+    """Probabilities exp(z_c/T) / Σ exp(z_k/T) over the last axis, eq. (1.3); T = 1 is eq. (1.2).
+
+    Args:
+        logits: shape (..., n), NumPy or tensor; -inf marks an impossible class.
+        temperature: T > 0.
+
+    Returns:
+        Probabilities, same shape and kind as `logits`.
+
+    Raises:
+        ValueError: `temperature` is not positive and finite, or `logits` hold NaN or +inf.
+    """
+    scores = _floating("logits", logits)
+    temperature = check_positive("temperature", temperature)
+    if bool((scores.isnan() | (scores == math.inf)).any()):
+        raise ValueError("logits must be finite or -inf, got NaN or +inf")
+    shifted = scores - scores.amax(-1, keepdim=True)
+    result = torch.softmax(shifted / temperature, -1)
+    return result if isinstance(logits, Tensor) else result.numpy()
+
+
+# --------------------------------------------------------------------------- the formula
+
+
+def divergence_per_order(r: Tensor, log_p: Tensor, log_q: Tensor, alpha: Order) -> tuple[Tensor, Tensor]:
+    """(D_α, D_α/α) of each row from r = log(p/q), log p and log q, all of shape (..., n) and normalised.
+
+    D_α/α is the reverse KL(Q‖P) at α = 0 and 0 at α = inf. `alpha` is a float, or a tensor that broadcasts against
+    (..., 1). Impossible classes have log p = -inf, log q = -inf, and r = ∓inf, or 0 where both are.
+    Each result has relative error of a few units in the last place; neither is ever negative.
+    """
+    dead_p, dead_q = log_p == -math.inf, log_q == -math.inf
+    flip = alpha < 0.5
+    h = where(flip, -alpha, alpha - 1.0)
+    if flip is not False:
+        r_, log_p_ = where(flip, -r, r), where(flip, log_q, log_p)
+        log_q_, dead_p_ = where(flip, log_p, log_q), where(flip, dead_q, dead_p)
+    else:
+        r_, log_p_, log_q_, dead_p_ = r, log_p, log_q, dead_p
+    infinite = alpha == math.inf
+    order = where(infinite, 1.0, 1.0 + h)
+    value = _from_half_up(r_, log_p_, log_q_, dead_p_, where(infinite, 0.0, h))
+    ratio = value / _row(order)
+    divergence = where(_row(flip), ratio * _row(alpha), value)
+    if infinite is not False:
+        largest = r.masked_fill(dead_p, -math.inf).amax(-1).clamp_min(0.0)
+        divergence, ratio = where(_row(infinite), largest, divergence), where(_row(infinite), largest * 0.0, ratio)
+    zero = alpha == 0.0
+    if zero is not False:
+        lost = (log_q.exp() * dead_p).sum(-1)
+        kept = log_q.masked_fill(dead_p, -math.inf).logsumexp(-1)
+        divergence = where(_row(zero), torch.where(lost < 0.5, -torch.log1p(-lost), -kept), divergence)
+    return divergence, ratio
+
+
+def _from_half_up(r: Tensor, log_p: Tensor, log_q: Tensor, dead_p: Tensor, h: Order) -> Tensor:
+    """D_{1+h} for orders >= 1/2: log1p(h·H)/h, or the log-sum-exp of (1.16) where that sum is far from 1."""
+    h = where(abs(h) < _TINY, 0.0, h)
+    at_one = h == 0.0
+    safe_h = where(at_one, 1.0, h)
+    excess = _generator_terms(r, log_p, log_q, h).sum(-1).clamp_min(0.0)  # H
+    if at_one is True:
+        return excess
+    shift = _row(h) * excess  # S - 1, S = Σ p^{1+h} q^{-h}
+    log_s = torch.where(dead_p, -math.inf, log_p + h * r).logsumexp(-1)
+    log_s = torch.where(shift.abs() > 0.5, log_s, torch.log1p(shift))
+    return where(_row(at_one), excess, log_s / _row(safe_h)).clamp_min(0.0)
+
+
+def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tensor:
+    """q·ψ_{1+h}(r), each >= 0, for h >= -1/2, scaled by whichever of p and q is larger so that nothing overflows."""
+    p, q = log_p.exp(), log_q.exp()
+    rises = r >= 0
+    fall = -r.abs()
+    decay = torch.expm1(fall)
+    growth = expm1_ratio(r, h, torch.where(rises, 1.0, fall.exp()))
+    outer = torch.where(rises, p, q) * (growth + torch.where(rises, decay, -decay))
+    if isinstance(h, Tensor) or h > 0.0:
+        steep = (h * r > 1.0) & rises
+        outer = torch.where(
+            steep, ((log_p + h * r).exp() - p) / where(h == 0.0, 1.0, h) + p * decay, outer
+        )  # p·e^{hr} in one exponent
+    y = h * r
+    radius = _SERIES_RADIUS[r.dtype]
+    e2_r, e2_y = _exp_series_2(r), _exp_series_2(y)
+    inner = q * r.square() * ((1.0 + r * e2_r) * (1.0 + y * e2_y) + h * e2_y - e2_r)
+    return torch.where((r.abs() < radius) & (y.abs() < radius), inner, outer)
+
+
+def expm1_ratio(x: Tensor, h: Order, weight: Tensor | float = 1.0) -> Tensor:
+    """weight·(e^{hx} − 1)/h, which is weight·x at h = 0. For x < 0 the exponent is capped, and so is x at h = 0:
+    callers give such x a weight of e^x, which has long vanished there."""
+    at_zero = abs(h) < _TINY
+    if at_zero is True:
+        return weight * x.clamp_min(-750.0)
+    y = torch.where(x < 0, (h * x).clamp_max(_EXP_LIMIT), h * x)
+    ratio = weight * torch.expm1(y) / where(at_zero, 1.0, h)
+    return where(at_zero, weight * x.clamp_min(-750.0), ratio)
+
+
+def _exp_series_2(x: Tensor) -> Tensor:
+    """(e^x − 1 − x)/x² by its Taylor polynomial of degree 5, for |x| <= 1/4."""
+    total = torch.full_like(x, 1.0 / 5040.0)
+    for factorial in (720.0, 120.0, 24.0, 6.0, 2.0):
+        total = total * x + 1.0 / factorial
+    return total
+
+
+def where(condition: bool | Tensor, yes: Any, no: Any) -> Any:
+    """`torch.where`, decided in Python when the condition is: a fixed order then costs only its own branch."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes, no)
+    return yes if condition else no
+
+
+def _row(x: Any) -> Any:
+    """Drop the class axis of a per-row quantity that was kept broadcastable against (..., n)."""
+    return x.squeeze(-1) if isinstance(x, Tensor) else x
+
+
+# --------------------------------------------------------------------------- gradients of the probability form
+
+
+class _DivergenceOfProbabilities(torch.autograd.Function):
+    """D_α of the normalised rows; ∂D/∂q_i = (1 − w_i/q_i)/Σq and ∂D/∂p_i = α(w_i/p_i − 1)/((α − 1)Σp)."""
+
+    @staticmethod
+    def forward(p: Tensor, q: Tensor, alpha: Order) -> tuple[Tensor, Tensor]:
+        order = alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
+        return divergence_per_order(*_log_ratio_of_probabilities(p, q), order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        p, q, alpha = inputs
+        ctx.order = alpha
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(p, q, *output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        p, q, divergence, ratio = (
+            x.unsqueeze(-1) if x.dim() < ctx.saved_tensors[0].dim() else x for x in ctx.saved_tensors
+        )
+        alpha = ctx.order.unsqueeze(-1) if isinstance(ctx.order, Tensor) else ctx.order
+        r, log_p, log_q = _log_ratio_of_probabilities(p, q)
+        infinite = alpha == math.inf
+        finite = where(infinite, 1.0, alpha)
+        tie = where(infinite, torch.where(r == divergence, log_q, -math.inf).softmax(-1), p)
+        mass_p, mass_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        by_q = -torch.expm1(finite * (r + (1.0 - finite) * ratio)) / mass_q
+        by_q = where(infinite, (1.0 - tie / log_q.exp()) / mass_q, by_q)
+        by_p = finite * expm1_ratio(r - divergence, finite - 1.0) / mass_p
+        by_p = where(infinite, (tie / log_p.exp() - 1.0) / mass_p, by_p)
+        grad = grad.unsqueeze(-1)
+        return grad * by_p, grad * by_q, None
+
+
+def _log_ratio_of_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r = log(p/q), log p and log q of the normalised rows; log1p of the exact difference where p is close to q."""
+    mass_p, mass_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+    difference = p - q
+    close = difference.abs() < 0.5 * q
+    r = torch.where(close, torch.log1p(difference / q), p.log() - q.log())
+    r = r - torch.log1p(difference.sum(-1, keepdim=True) / mass_q)
+    r = torch.where((p == 0) & (q == 0), 0.0, r)
+    return r, p.log() - mass_p.log(), q.log() - mass_q.log()
+
+
+# --------------------------------------------------------------------------- checks of arguments
+
+
+def check_order(alpha: ArrayLike, like: Tensor) -> Order:
+    """The order as a float, or as a tensor of `like`'s dtype and device. Raises on negative or NaN orders.
+
+    Tensors on an accelerator are not inspected, since that would wait for the device: there a bad order gives NaN.
+    """
+    return _number_or_tensor("alpha", alpha, like, "in [0, inf]", lambda x: x >= 0)
+
+
+def check_temperature(temperature: ArrayLike, like: Tensor) -> Order:
+    """The temperature as a float, or as a tensor of `like`'s dtype and device. Raises unless positive and finite."""
+    return _number_or_tensor(
+        "temperature", temperature, like, "positive and finite", lambda x: (x > 0) & (x < math.inf)
+    )
+
+
+def check_positive(name: str, value: Any) -> float:
+    """`value` as a float; raises unless it is a positive, finite real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a positive number, got {value!r}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return float(value)
+
+
+def _number_or_tensor(name: str, value: Any, like: Tensor, accepted: str, valid: Any) -> Order:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or an array {accepted}, got {value!r}")
+    if isinstance(value, Real):
+        if not valid(float(value)):
+            raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        return float(value)
+    tensor = _floating(name, value)
+    if tensor.requires_grad:
+        raise TypeError(f"{name} is not differentiable: pass {name}.detach()")
+    if can_inspect(tensor):
+        bad = tensor[~valid(tensor)]
+        if bad.numel():
+            raise ValueError(f"{name} must be {accepted}, got {bad.flatten()[0].item()!r}")
+    return tensor.to(dtype=like.dtype, device=like.device)
+
+
+def can_inspect(tensor: Tensor) -> bool:
+    """Whether looking at the entries is free: not on an accelerator, not while compiling, not inside `torch.func`."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not wrapped
+
+
+def _floating(name: str, value: ArrayLike) -> Tensor:
+    """`value` as a floating tensor, half precision widened to float32."""
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be numeric, got {array.dtype} ({value!r:.60})")
+        value = torch.from_numpy(
+            np.array(array, dtype=array.dtype if array.dtype in (np.float32, np.float16) else np.float64)
+        )
+    elif not value.is_floating_point():
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be real numbers, got {value.dtype}")
+        value = value.to(torch.get_default_dtype())
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _probabilities(name: str, value: ArrayLike) -> Tensor:
+    tolerance = 1e-8
+    if isinstance(value, Tensor) or isinstance(value, np.ndarray):
+        half = str(value.dtype).removeprefix("torch.") in ("float16", "bfloat16")
+        tolerance = 1e-2 if half else 1e-4 if "32" in str(value.dtype) else 1e-8
+    vector = _floating(name, value)
+    if vector.dim() == 0 or vector.shape[-1] == 0:
+        raise ValueError(f"{name} must hold at least one class on its last axis, got shape {tuple(vector.shape)}")
+    values = vector.detach()
+    bad = values[~((values >= 0) & (values <= 1 + tolerance))]
+    if bad.numel():
+        raise ValueError(f"{name} must hold probabilities in [0, 1], got {bad[0].item()!r}")
+    mass = values.sum(-1).flatten()
+    off = mass[(mass - 1).abs() > tolerance]
+    if off.numel():
+        raise ValueError(f"{name} must sum to 1 over its last axis (within {tolerance:g}), got {off[0].item()!r}")
+    return vector
