@@ -6,7 +6,10 @@ compared with a fresh one byte by byte. Faces are opaque white, legible on light
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+Array = np.ndarray
 
 # Okabe & Ito's palette: told apart with every common colour vision
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#222222"
@@ -36,3 +39,56 @@ def style() -> None:
     mpl.rcParams.update(_STYLE)
     set_matplotlib_formats("svg", "png", metadata={"Date": None})
     plt.close("all")
+
+
+def temperature_scaling(classes: list[str], logits: list[float], softened: dict[float, list[float]]) -> list[list[float]]:
+    """Figure 1.1: bars of the logits, then of the probabilities at each temperature. Returns the heights drawn."""
+    rows = [("logits", logits), *((f"probabilities, T = {t:g}", row) for t, row in softened.items())]
+    _, axes = plt.subplots(1, len(rows), figsize=(8.4, 2.9))
+    drawn = []
+    for axis, (title, row) in zip(axes, rows, strict=True):
+        bars = axis.bar(classes, row, color=[BLUE, ORANGE, GREEN], width=0.65)
+        axis.bar_label(bars, fmt="%.1f" if title == "logits" else "%.3f", padding=2, fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.grid(visible=False)
+        axis.axhline(0, color=BLACK, linewidth=0.8)
+        axis.margins(y=0.15)
+        if title != "logits":
+            axis.set_ylim(0, 1.12)
+        drawn.append([bar.get_height() for bar in bars])
+    return drawn
+
+
+def error_slopes(temperatures: list[float], errors: dict[str, list[float]], ylabel: str) -> dict[str, float]:
+    """Log-log lines of errors against temperature, labelled with their fitted slopes, which are returned."""
+    _, axis = plt.subplots()
+    slopes = {}
+    for label, row in errors.items():
+        slopes[label] = float(np.polyfit(np.log(temperatures), np.log(row), 1)[0])
+        axis.loglog(temperatures, row, marker="o", markersize=4, label=f"{label}: slope {slopes[label]:.2f}")
+    axis.set_xlabel("temperature T")
+    axis.set_ylabel(ylabel)
+    axis.legend()
+    return slopes
+
+
+def order_curves(orders: dict[str, Array], curves: dict[str, Array]) -> None:
+    """D_α against α on a logarithmic axis, one line a pair of distributions."""
+    _, axis = plt.subplots()
+    for label, row in curves.items():
+        axis.semilogx(orders[label], row, label=label)
+    axis.axvline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    axis.set_xlabel("order α")
+    axis.set_ylabel("$D_\\alpha(P\\|Q)$ in nats")
+    axis.set_ylim(0, 2.5)
+    axis.legend()
+
+
+def bound_on_limit(orders: Array, distance: Array, bound: Array) -> None:
+    """D_∞ − D_α against α, below its bound."""
+    _, axis = plt.subplots()
+    axis.loglog(orders, distance, label="$D_\\infty - D_\\alpha$")
+    axis.loglog(orders, bound, linestyle="--", label="bound")
+    axis.set_xlabel("order α")
+    axis.set_ylabel("nats")
+    axis.legend()
