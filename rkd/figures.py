@@ -92,3 +92,14 @@ def bound_on_limit(orders: Array, distance: Array, bound: Array) -> None:
     axis.set_xlabel("order α")
     axis.set_ylabel("nats")
     axis.legend()
+
+
+def relative_errors(panels: dict[str, tuple[list[float], list[dict[str, float]]]]) -> None:
+    """One log-log panel an x-axis label: (positions, {method: relative error} at each); zeros are drawn at 1e-9."""
+    _, axes = plt.subplots(1, len(panels), figsize=(8.4, 3.2), sharey=True)
+    for axis, (label, (positions, rows)) in zip(axes, panels.items(), strict=True):
+        for method, style in zip(rows[0], ("--s", "-.^", "-o"), strict=True):
+            axis.loglog(positions, [max(row[method], 1e-9) for row in rows], style, markersize=4, label=method)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("largest relative error, float32")
+    axes[0].legend()

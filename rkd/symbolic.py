@@ -34,7 +34,8 @@ i, j, k = sp.symbols("i j k", integer=True, positive=True)
 T = Symbol("T", positive=True)
 alpha = Symbol("alpha", positive=True)
 beta = Symbol("beta", nonnegative=True)
-p, q, z, v = (IndexedBase(name, real=True) for name in "pqzv")
+p, q = (IndexedBase(name, positive=True) for name in "pq")
+z, v = (IndexedBase(name, real=True) for name in "zv")
 
 
 # --------------------------------------------------------------------------- objects of the thesis
@@ -198,6 +199,8 @@ def _canonical_sum(expression: Sum) -> Expr:
 
 
 def _split_sum(summand: Expr, index: Symbol, lower: Expr, upper: Expr) -> Expr:
+    settled = {inner: sp.Dummy(positive=True) for inner in summand.atoms(Sum) if not inner.has(index)}
+    factor, summand = summand.xreplace(settled).as_independent(index, as_Add=False)
     summand = sp.expand(sp.expand_power_base(sp.expand_log(summand, force=True), force=True), force=True)
     result = Integer(0)
     for term in sp.Add.make_args(summand):
@@ -209,7 +212,7 @@ def _split_sum(summand: Expr, index: Symbol, lower: Expr, upper: Expr) -> Expr:
         else:
             name = Symbol(f"c_{1 + max(map(_depth, varying.atoms(Sum)), default=0)}", integer=True, positive=True)
             result += constant * Sum(sp.powsimp(varying).subs(index, name), (name, lower, upper))
-    return result
+    return (factor * result).xreplace({dummy: inner for inner, dummy in settled.items()})
 
 
 def _depth(expression: Sum) -> int:
