@@ -35,10 +35,9 @@ _STYLE = {
 
 def style() -> None:
     """Set the book's look for all figures that follow, and store them as SVG (compared) and PNG (for print)."""
-    mpl.rcParams.update(mpl.rcParamsDefault | {"backend": mpl.get_backend()})
+    plt.style.use("default")
     mpl.rcParams.update(_STYLE)
     set_matplotlib_formats("svg", "png", metadata={"Date": None})
-    plt.close("all")
 
 
 def temperature_scaling(classes: list[str], logits: list[float], softened: dict[float, list[float]]) -> list[list[float]]:
@@ -63,9 +62,9 @@ def error_slopes(temperatures: list[float], errors: dict[str, list[float]], ylab
     """Log-log lines of errors against temperature, labelled with their fitted slopes, which are returned."""
     _, axis = plt.subplots()
     slopes = {}
-    for label, row in errors.items():
+    for (label, row), line in zip(errors.items(), ("-o", "--s", "-.^"), strict=False):
         slopes[label] = float(np.polyfit(np.log(temperatures), np.log(row), 1)[0])
-        axis.loglog(temperatures, row, marker="o", markersize=4, label=f"{label}: slope {slopes[label]:.2f}")
+        axis.loglog(temperatures, row, line, markersize=4, label=f"{label}: slope {slopes[label]:.2f}".replace("-", "−"))
     axis.set_xlabel("temperature T")
     axis.set_ylabel(ylabel)
     axis.legend()
