@@ -11,15 +11,12 @@ Explained in the book: section 1.2 (the divergence) and 2.1 (the algorithm). All
 """
 
 import math
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-Order = float | Tensor
-ArrayLike = Any
+from rkd.arguments import ArrayLike, Order, as_floating, as_probabilities, check_order, check_positive
 
 # expm1(x) stops growing here where its partner exp(-2x) or smaller is already negligible
 _EXP_LIMIT = 80.0
@@ -34,7 +31,7 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
 
     Args:
         p, q: probability vectors, shape (..., n), NumPy arrays, sequences or tensors. Leading axes broadcast. Rows
-            must be non-negative and sum to 1 (within 1e-3 for half precision, 1e-4 for float32, 1e-8 for float64);
+            must be non-negative and sum to 1 (within 1e-2 for half precision, 1e-4 for float32, 1e-8 for float64);
             they are normalised before use, so that rounding in their sum cannot make the divergence negative.
         alpha: order(s) in [0, inf], a number or an array that broadcasts against the leading axes.
 
@@ -51,7 +48,7 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
     Source: van Erven & Harremoës, arXiv:1206.2459, definitions 1-2, theorems 4-6. Book: section 1.2.
     """
     as_numpy = not (isinstance(p, Tensor) or isinstance(q, Tensor))
-    p_row, q_row = _probabilities("p", p), _probabilities("q", q)
+    p_row, q_row = as_probabilities("p", p), as_probabilities("q", q)
     if p_row.shape[-1] != q_row.shape[-1]:
         raise ValueError(f"p and q must have the same number of classes, got {p_row.shape[-1]} and {q_row.shape[-1]}")
     dtype = torch.promote_types(p_row.dtype, q_row.dtype)
@@ -67,7 +64,8 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
             batch = torch.broadcast_shapes(p_row.shape[:-1], order.shape)
         except RuntimeError:
             raise ValueError(
-                f"alpha of shape {tuple(order.shape)} does not broadcast against the leading axes {tuple(p_row.shape[:-1])}"
+                f"alpha of shape {tuple(order.shape)} does not broadcast against the leading axes "
+                f"{tuple(p_row.shape[:-1])}"
             ) from None
         p_row, q_row = (row.expand(*batch, row.shape[-1]) for row in (p_row, q_row))
         order = order.expand(batch)
@@ -96,7 +94,7 @@ def softmax(logits: ArrayLike, temperature: float = 1.0) -> Any:
     Raises:
         ValueError: `temperature` is not positive and finite, or `logits` hold NaN or +inf.
     """
-    scores = _floating("logits", logits)
+    scores = as_floating("logits", logits)
     temperature = check_positive("temperature", temperature)
     if bool((scores.isnan() | (scores == math.inf)).any()):
         raise ValueError("logits must be finite or -inf, got NaN or +inf")
@@ -141,7 +139,7 @@ def divergence_per_order(r: Tensor, log_p: Tensor, log_q: Tensor, alpha: Order) 
 
 def _from_half_up(r: Tensor, log_p: Tensor, log_q: Tensor, dead_p: Tensor, h: Order) -> Tensor:
     """D_{1+h} for orders >= 1/2: log1p(h·H)/h, or the log-sum-exp of (1.16) where that sum is far from 1."""
-    h = where(abs(h) < _TINY, 0.0, h)
+    h = where(_negligible(h), 0.0, h)
     at_one = h == 0.0
     safe_h = where(at_one, 1.0, h)
     excess = _generator_terms(r, log_p, log_q, h).sum(-1).clamp_min(0.0)  # H
@@ -176,7 +174,7 @@ def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tenso
 def expm1_ratio(x: Tensor, h: Order, weight: Tensor | float = 1.0) -> Tensor:
     """weight·(e^{hx} − 1)/h, which is weight·x at h = 0. For x < 0 the exponent is capped, and so is x at h = 0:
     callers give such x a weight of e^x, which has long vanished there."""
-    at_zero = abs(h) < _TINY
+    at_zero = _negligible(h)
     if at_zero is True:
         return weight * x.clamp_min(-750.0)
     y = torch.where(x < 0, (h * x).clamp_max(_EXP_LIMIT), h * x)
@@ -199,6 +197,10 @@ def where(condition: bool | Tensor, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
+def _negligible(h: Order) -> bool | Tensor:
+    return h.abs() < _TINY if isinstance(h, Tensor) else abs(h) < _TINY
+
+
 def _row(x: Any) -> Any:
     """Drop the class axis of a per-row quantity that was kept broadcastable against (..., n)."""
     return x.squeeze(-1) if isinstance(x, Tensor) else x
@@ -213,7 +215,7 @@ class _DivergenceOfProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(p: Tensor, q: Tensor, alpha: Order) -> tuple[Tensor, Tensor]:
         order = alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
-        return divergence_per_order(*_log_ratio_of_probabilities(p, q), order)
+        return divergence_per_order(*_log_ratio_ofas_probabilities(p, q), order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -229,7 +231,7 @@ class _DivergenceOfProbabilities(torch.autograd.Function):
             x.unsqueeze(-1) if x.dim() < ctx.saved_tensors[0].dim() else x for x in ctx.saved_tensors
         )
         alpha = ctx.order.unsqueeze(-1) if isinstance(ctx.order, Tensor) else ctx.order
-        r, log_p, log_q = _log_ratio_of_probabilities(p, q)
+        r, log_p, log_q = _log_ratio_ofas_probabilities(p, q)
         infinite = alpha == math.inf
         finite = where(infinite, 1.0, alpha)
         tie = where(infinite, torch.where(r == divergence, log_q, -math.inf).softmax(-1), p)
@@ -242,7 +244,7 @@ class _DivergenceOfProbabilities(torch.autograd.Function):
         return grad * by_p, grad * by_q, None
 
 
-def _log_ratio_of_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _log_ratio_ofas_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r = log(p/q), log p and log q of the normalised rows; log1p of the exact difference where p is close to q."""
     mass_p, mass_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
     difference = p - q
@@ -251,88 +253,3 @@ def _log_ratio_of_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, T
     r = r - torch.log1p(difference.sum(-1, keepdim=True) / mass_q)
     r = torch.where((p == 0) & (q == 0), 0.0, r)
     return r, p.log() - mass_p.log(), q.log() - mass_q.log()
-
-
-# --------------------------------------------------------------------------- checks of arguments
-
-
-def check_order(alpha: ArrayLike, like: Tensor) -> Order:
-    """The order as a float, or as a tensor of `like`'s dtype and device. Raises on negative or NaN orders.
-
-    Tensors on an accelerator are not inspected, since that would wait for the device: there a bad order gives NaN.
-    """
-    return _number_or_tensor("alpha", alpha, like, "in [0, inf]", lambda x: x >= 0)
-
-
-def check_temperature(temperature: ArrayLike, like: Tensor) -> Order:
-    """The temperature as a float, or as a tensor of `like`'s dtype and device. Raises unless positive and finite."""
-    return _number_or_tensor(
-        "temperature", temperature, like, "positive and finite", lambda x: (x > 0) & (x < math.inf)
-    )
-
-
-def check_positive(name: str, value: Any) -> float:
-    """`value` as a float; raises unless it is a positive, finite real number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a positive number, got {value!r}")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return float(value)
-
-
-def _number_or_tensor(name: str, value: Any, like: Tensor, accepted: str, valid: Any) -> Order:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or an array {accepted}, got {value!r}")
-    if isinstance(value, Real):
-        if not valid(float(value)):
-            raise ValueError(f"{name} must be {accepted}, got {value!r}")
-        return float(value)
-    tensor = _floating(name, value)
-    if tensor.requires_grad:
-        raise TypeError(f"{name} is not differentiable: pass {name}.detach()")
-    if can_inspect(tensor):
-        bad = tensor[~valid(tensor)]
-        if bad.numel():
-            raise ValueError(f"{name} must be {accepted}, got {bad.flatten()[0].item()!r}")
-    return tensor.to(dtype=like.dtype, device=like.device)
-
-
-def can_inspect(tensor: Tensor) -> bool:
-    """Whether looking at the entries is free: not on an accelerator, not while compiling, not inside `torch.func`."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not wrapped
-
-
-def _floating(name: str, value: ArrayLike) -> Tensor:
-    """`value` as a floating tensor, half precision widened to float32."""
-    if not isinstance(value, Tensor):
-        array = np.asarray(value)
-        if array.dtype.kind not in "fiu":
-            raise TypeError(f"{name} must be numeric, got {array.dtype} ({value!r:.60})")
-        value = torch.from_numpy(
-            np.array(array, dtype=array.dtype if array.dtype in (np.float32, np.float16) else np.float64)
-        )
-    elif not value.is_floating_point():
-        if value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be real numbers, got {value.dtype}")
-        value = value.to(torch.get_default_dtype())
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _probabilities(name: str, value: ArrayLike) -> Tensor:
-    tolerance = 1e-8
-    if isinstance(value, Tensor) or isinstance(value, np.ndarray):
-        half = str(value.dtype).removeprefix("torch.") in ("float16", "bfloat16")
-        tolerance = 1e-2 if half else 1e-4 if "32" in str(value.dtype) else 1e-8
-    vector = _floating(name, value)
-    if vector.dim() == 0 or vector.shape[-1] == 0:
-        raise ValueError(f"{name} must hold at least one class on its last axis, got shape {tuple(vector.shape)}")
-    values = vector.detach()
-    bad = values[~((values >= 0) & (values <= 1 + tolerance))]
-    if bad.numel():
-        raise ValueError(f"{name} must hold probabilities in [0, 1], got {bad[0].item()!r}")
-    mass = values.sum(-1).flatten()
-    off = mass[(mass - 1).abs() > tolerance]
-    if off.numel():
-        raise ValueError(f"{name} must sum to 1 over its last axis (within {tolerance:g}), got {off[0].item()!r}")
-    return vector

@@ -4,19 +4,30 @@ Figures are deterministic: SVG ids come from a fixed salt and no date is written
 compared with a fresh one byte by byte. Faces are opaque white, legible on light and dark pages.
 """
 
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 Array = np.ndarray
 
 # Okabe & Ito's palette: told apart with every common colour vision
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#222222"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#222222",
+)
 
-_STYLE = {
+_STYLE: Any = {
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]),
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
@@ -40,7 +51,9 @@ def style() -> None:
     set_matplotlib_formats("svg", "png", metadata={"Date": None})
 
 
-def temperature_scaling(classes: list[str], logits: list[float], softened: dict[float, list[float]]) -> list[list[float]]:
+def temperature_scaling(
+    classes: list[str], logits: list[float], softened: dict[float, list[float]]
+) -> list[list[float]]:
     """Figure 1.1: bars of the logits, then of the probabilities at each temperature. Returns the heights drawn."""
     rows = [("logits", logits), *((f"probabilities, T = {t:g}", row) for t, row in softened.items())]
     _, axes = plt.subplots(1, len(rows), figsize=(8.4, 2.9))
@@ -64,7 +77,9 @@ def error_slopes(temperatures: list[float], errors: dict[str, list[float]], ylab
     slopes = {}
     for (label, row), line in zip(errors.items(), ("-o", "--s", "-.^"), strict=False):
         slopes[label] = float(np.polyfit(np.log(temperatures), np.log(row), 1)[0])
-        axis.loglog(temperatures, row, line, markersize=4, label=f"{label}: slope {slopes[label]:.2f}".replace("-", "−"))
+        axis.loglog(
+            temperatures, row, line, markersize=4, label=f"{label}: slope {slopes[label]:.2f}".replace("-", "−")
+        )
     axis.set_xlabel("temperature T")
     axis.set_ylabel(ylabel)
     axis.legend()

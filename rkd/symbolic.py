@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sympy as sp
 from sympy import Expr, IndexedBase, Integer, Sum, Symbol
@@ -51,7 +51,10 @@ class Vector:
         return self._entry(sp.sympify(c))
 
 
-Entries = Vector | IndexedBase | Mapping[Any, Expr]
+class Entries(Protocol):
+    """What stands for a distribution or a logit vector: a `Vector`, an `IndexedBase` or a dictionary."""
+
+    def __getitem__(self, c: Any, /) -> Any: ...
 
 
 def total(entry: Callable[[Expr], Expr], n: Any, index: Symbol = k) -> Expr:
@@ -124,7 +127,9 @@ class Check:
         return {"text/plain": str(self), "text/html": html, MIME: asdict(self)}
 
 
-def holds(line: str, claim: str, lhs: Any, rhs: Any, *, given: Mapping[Any, Any] | None = None, under: str = "") -> Check:
+def holds(
+    line: str, claim: str, lhs: Any, rhs: Any, *, given: Mapping[Any, Any] | None = None, under: str = ""
+) -> Check:
     """lhs = rhs, as expressions; `given` maps sums to known values, such as Σ p_i to 1.
 
     The scope is "every n": the number of classes is a symbol, or the statement is about one generic class. Expressions
@@ -175,7 +180,9 @@ def fails(line: str, claim: str, lhs: Any, rhs: Any, at: str) -> Check:
     a, b = (complex(sp.N(side, 30)) for side in (lhs, rhs))
     if not abs(a - b) > 1e-6:
         raise DoesNotHold(f"({line}) {claim}: said to be misprinted, but both sides are {a}")
-    return Check(line, f"{claim}; at {at} the sides are {a.real:.4f} and {b.real:.4f}", "counterexample", "false as printed")
+    return Check(
+        line, f"{claim}; at {at} the sides are {a.real:.4f} and {b.real:.4f}", "counterexample", "false as printed"
+    )
 
 
 def canonical(expression: Any) -> Expr:

@@ -1,4 +1,4 @@
-"""`rkd.loss` against 50-digit arithmetic, PyTorch's KL and autograd; limits; masks; precision; bad input."""
+"""`rkd.loss` and `rkd.logits` against 50-digit arithmetic, PyTorch's KL and autograd; limits; masks; precision; bad input."""
 
 import math
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkd import DistillationLoss, renyi_divergence, renyi_kd_loss, softmax
-from rkd.loss import renyi_from_logits
+from rkd.logits import renyi_from_logits
 
 ORDERS = [
     *(1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.4999, 0.5, 0.7, 0.9, 1 - 1e-3, 1 - 1e-6, 1 - 1e-12, 1.0),

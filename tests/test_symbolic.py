@@ -50,12 +50,16 @@ EXPRESSIONS = {
 @settings(max_examples=5)
 def test_normal_form_keeps_values(name, size, seed):
     expression, numbers = EXPRESSIONS[name], values(size, seed)
-    assert at(canonical(expression), size, numbers) == pytest.approx(at(expression, size, numbers), rel=1e-12, abs=1e-14)
+    assert at(canonical(expression), size, numbers) == pytest.approx(
+        at(expression, size, numbers), rel=1e-12, abs=1e-14
+    )
 
 
 class TestHolds:
     def test_true_for_every_n(self):
-        check = s.holds("1.8", "gradient", sp.diff(s.kl_divergence(p, STUDENT, n), z[j]), (STUDENT[j] - p[j]) / T, given=UNIT)
+        check = s.holds(
+            "1.8", "gradient", sp.diff(s.kl_divergence(p, STUDENT, n), z[j]), (STUDENT[j] - p[j]) / T, given=UNIT
+        )
         assert (check.scope, check.verdict, check.line) == ("every n", "holds", "1.8")
 
     @pytest.mark.parametrize(
@@ -87,7 +91,9 @@ class TestHolds:
             s.holds("x", "three classes", p[1] + p[2], p[2] + p[1])
 
     def test_other_verbs(self):
-        assert s.holds_for("x", "sum", lambda m: (sum(s.softmax(z, m)[c] for c in range(1, m + 1)), 1), 3).scope == "n ≤ 3"
+        assert (
+            s.holds_for("x", "sum", lambda m: (sum(s.softmax(z, m)[c] for c in range(1, m + 1)), 1), 3).scope == "n ≤ 3"
+        )
         assert s.agrees("x", "numbers", [1.0, sp.oo], (1, float("inf"))).scope == "numeric"
         assert s.true("x", "fact", sp.true).verdict == "holds"
         for bad in (
