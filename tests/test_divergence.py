@@ -215,7 +215,7 @@ def test_softmax_with_temperature():
 
 
 class TestBadInput:
-    half = [0.5, 0.5]
+    half = (0.5, 0.5)
 
     @pytest.mark.parametrize("alpha", [-0.1, math.nan, -math.inf, [0.5, -1.0]])
     def test_order(self, alpha):

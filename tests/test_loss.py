@@ -1,4 +1,4 @@
-"""`rkd.loss` and `rkd.logits` against 50-digit arithmetic, PyTorch's KL and autograd; limits; masks; precision; bad input."""
+"""`rkd.loss` and `rkd.logits` against 50 digits, PyTorch and autograd; limits; masks; precision; bad input."""
 
 import math
 
