@@ -1,4 +1,4 @@
-"""The book's pictures: one style, and the figures that more than one page shares. Reads arrays, computes nothing.
+"""The book's pictures and tables: one style, and what more than one page shares. Reads arrays, computes nothing.
 
 Figures are deterministic: SVG ids come from a fixed salt and no date is written, so that a stored picture can be
 compared with a fresh one byte by byte. Faces are opaque white, legible on light and dark pages.
@@ -10,6 +10,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
+from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 Array = np.ndarray
@@ -117,3 +118,34 @@ def relative_errors(panels: dict[str, tuple[list[float], list[dict[str, float]]]
         axis.set_xlabel(label)
     axes[0].set_ylabel("largest relative error, float32")
     axes[0].legend()
+
+
+def accuracy_by_order(orders: list[float], panels: dict[str, tuple[Any, dict[str, list[Any]]]]) -> list[list[float]]:
+    """One panel a situation: (interval of the baseline, {label: an interval for each order}). Returns the means drawn.
+
+    Intervals have `mean`, `low` and `high`, in per cent. Orders are spaced evenly, since 0 has no logarithm.
+    """
+    _, axes = plt.subplots(1, len(panels), figsize=(8.4, 3.2))
+    drawn = []
+    for axis, (title, (baseline, lines)) in zip(axes, panels.items(), strict=True):
+        axis.axhspan(baseline.low, baseline.high, color=BLACK, alpha=0.12, linewidth=0)
+        axis.axhline(baseline.mean, color=BLACK, linewidth=1, linestyle=":", label="hard labels")
+        for shift, (label, intervals) in enumerate(lines.items()):
+            x = np.arange(len(orders)) + 0.12 * (shift - (len(lines) - 1) / 2)
+            means = [interval.mean for interval in intervals]
+            reach = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+            axis.errorbar(x, means, reach, marker="os^"[shift], markersize=4, capsize=3, label=label)
+            drawn.append(means)
+        axis.set_xticks(range(len(orders)), [f"{order:g}" for order in orders])
+        axis.set_xlabel("order α")
+        axis.set_title(title, fontsize=10)
+    axes[0].set_ylabel("test accuracy in %")
+    axes[0].legend()
+    return drawn
+
+
+def table(caption: str, name: str, head: list[str], rows: list[list[str]]) -> Markdown:
+    """A numbered table of the book, as MyST: cells are Markdown, `name` is what `numref` refers to."""
+    lines = [head, ["---"] * len(head), *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::")
