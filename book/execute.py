@@ -1,7 +1,8 @@
-"""Run the book's notebooks in the order of `_toc.yml` and store what they give: `make notebooks`.
+"""Run the book's notebooks in the order of `_toc.yml` and store what they give.
 
-A second run changes no byte: no times, no versions, no warnings are stored. A cell that fails, or that writes to
-stderr, stops the run and leaves that notebook as it was.
+`make notebooks` calls it. A second run changes no byte: no times, no versions, no
+warnings are stored. A cell that fails, or that writes to stderr, stops the run and
+leaves that notebook as it was.
 """
 
 import sys
@@ -30,7 +31,7 @@ def pages(entry: Any) -> Iterator[str]:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of the book: chapters first, so that the pages that read their outputs come after them."""
+    """The notebooks of the book. Pages that read others' outputs come after them."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     return [path for page in pages(toc) if (path := ROOT / f"{page}.ipynb").exists()]
 
@@ -50,7 +51,9 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
-                raise RuntimeError(f"{path}: a cell writes to stderr:\n{output['text']}")
+                raise RuntimeError(
+                    f"{path}: a cell writes to stderr:\n{output['text']}"
+                )
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ Explained in the book: attachment A.1, the equation ledger.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
@@ -112,9 +113,10 @@ class Check:
 
     line: str
     claim: str
-    scope: str  # "every n", "n ≤ 5", "numeric"
+    scope: str  # "every n", "2 ≤ n ≤ 5", "numeric"
     verdict: str  # "holds", "false as printed"
     under: str = ""
+    kind: str = "line"  # "line": the line itself; "step": a part or a consequence of it; "definition": it defines
 
     def __str__(self) -> str:
         condition = f", under {self.under}" if self.under else ""
@@ -128,36 +130,53 @@ class Check:
 
 
 def holds(
-    line: str, claim: str, lhs: Any, rhs: Any, *, given: Mapping[Any, Any] | None = None, under: str = ""
+    line: str,
+    claim: str,
+    lhs: Any,
+    rhs: Any,
+    *,
+    given: Mapping[Any, Any] | None = None,
+    under: str = "",
+    kind: str = "line",
 ) -> Check:
     """lhs = rhs, as expressions; `given` maps sums to known values, such as Σ p_i to 1.
 
-    The scope is "every n": the number of classes is a symbol, or the statement is about one generic class. Expressions
-    with entries 1, 2, … written out belong to `holds_for`.
+    The scope is "every n": the number of classes is a symbol, or the statement is about one generic class, which makes
+    it a step of its line. Expressions with entries 1, 2, … written out belong to `holds_for`.
     """
     for side in map(sp.sympify, (lhs, rhs)):
-        if any(isinstance(c, Integer) for entry in side.atoms(sp.Indexed) for c in entry.indices):
+        written_out = any(isinstance(c, Integer) for entry in side.atoms(sp.Indexed) for c in entry.indices)
+        if written_out or any(re.fullmatch(r"\w+_\d+", symbol.name) for symbol in side.free_symbols):
             raise ValueError(f"({line}) {claim}: entries are written out, so this is not a statement for every n")
     difference = canonical(sp.sympify(lhs) - sp.sympify(rhs))
     for key, value in (given or {}).items():
         difference = difference.subs(canonical(key), canonical(value))
     if _simplified(difference) != 0:
         raise DoesNotHold(f"({line}) {claim}: the two sides differ by {_simplified(difference)}")
-    return Check(line, claim, "every n", "holds", under)
+    return Check(line, claim, "every n", "holds", under, kind)
 
 
 def holds_for(
-    line: str, claim: str, sides: Callable[[int], tuple[Any, Any]], up_to: int, *, start: int = 2, under: str = ""
+    line: str,
+    claim: str,
+    sides: Callable[[int], tuple[Any, Any]],
+    up_to: int,
+    *,
+    start: int = 2,
+    under: str = "",
+    kind: str = "line",
 ) -> Check:
     """lhs = rhs for n = start … up_to classes, where `sides(n)` gives both."""
     for size in range(start, up_to + 1):
         lhs, rhs = (sp.sympify(side) for side in sides(size))
         if sp.simplify(lhs - rhs) != 0:
             raise DoesNotHold(f"({line}) {claim}: false for n = {size}: {sp.simplify(lhs - rhs)}")
-    return Check(line, claim, f"n ≤ {up_to}", "holds", under)
+    return Check(line, claim, f"{start} ≤ n ≤ {up_to}", "holds", under, kind)
 
 
-def agrees(line: str, claim: str, computed: Any, expected: Any, *, rel: float = 1e-12, under: str = "") -> Check:
+def agrees(
+    line: str, claim: str, computed: Any, expected: Any, *, rel: float = 1e-12, under: str = "", kind: str = "step"
+) -> Check:
     """Two numbers, or two sequences of numbers, agree to the relative error `rel` (absolute below 1)."""
     ours, theirs = ([float(x) for x in _flat(side)] for side in (computed, expected))
     if len(ours) != len(theirs) or not ours:
@@ -165,14 +184,16 @@ def agrees(line: str, claim: str, computed: Any, expected: Any, *, rel: float = 
     for a, b in zip(ours, theirs, strict=True):
         if not (a == b or abs(a - b) <= rel * max(1.0, abs(b))):
             raise DoesNotHold(f"({line}) {claim}: {a!r} is not {b!r} within {rel:g}")
-    return Check(line, claim, "numeric", "holds", under)
+    return Check(line, claim, "numeric", "holds", under, kind)
 
 
-def true(line: str, claim: str, statement: Any, *, scope: str = "numeric", under: str = "") -> Check:
+def true(
+    line: str, claim: str, statement: Any, *, scope: str = "numeric", under: str = "", kind: str = "step"
+) -> Check:
     """A statement that is not an equation: raises unless it is true (SymPy's `true` or Python's)."""
     if statement is not sp.true and statement is not True:
         raise DoesNotHold(f"({line}) {claim}: {statement}")
-    return Check(line, claim, scope, "holds", under)
+    return Check(line, claim, scope, "holds", under, kind)
 
 
 def fails(line: str, claim: str, lhs: Any, rhs: Any, at: str) -> Check:
@@ -188,7 +209,8 @@ def fails(line: str, claim: str, lhs: Any, rhs: Any, at: str) -> Check:
 def canonical(expression: Any) -> Expr:
     """Sums split into terms, constants pulled out, Kronecker deltas collapsed (indices lie in 1 … n), dummies renamed.
 
-    Logarithms and powers are expanded as for positive arguments, which all probabilities here are.
+    Logarithms and powers are expanded as for positive arguments, which all probabilities here are; take no logarithm
+    of a logit. A delta may only be summed over all classes or all samples.
     """
     expression = sp.sympify(expression)
     if isinstance(expression, Sum):
@@ -206,13 +228,15 @@ def _canonical_sum(expression: Sum) -> Expr:
 
 
 def _split_sum(summand: Expr, index: Symbol, lower: Expr, upper: Expr) -> Expr:
-    settled = {inner: sp.Dummy(positive=True) for inner in summand.atoms(Sum) if not inner.has(index)}
+    settled = {inner: _stand_in(inner) for inner in summand.atoms(Sum) if not inner.has(index)}
     factor, summand = summand.xreplace(settled).as_independent(index, as_Add=False)
     summand = sp.expand(sp.expand_power_base(sp.expand_log(summand, force=True), force=True), force=True)
     result = Integer(0)
     for term in sp.Add.make_args(summand):
         constant, varying = term.as_independent(index, as_Add=False)
         if varying.has(sp.KroneckerDelta):
+            if (lower, upper) not in ((1, n), (1, N)):
+                raise ValueError(f"a Kronecker delta is summed over {lower} … {upper}: its index may lie outside")
             result += constant * canonical(deltasummation(varying, (index, lower, upper), no_piecewise=True))
         elif varying == 1:
             result += constant * (upper - lower + 1)
@@ -222,15 +246,19 @@ def _split_sum(summand: Expr, index: Symbol, lower: Expr, upper: Expr) -> Expr:
     return (factor * result).xreplace({dummy: inner for inner, dummy in settled.items()})
 
 
+def _stand_in(expression: Sum) -> sp.Dummy:
+    return sp.Dummy("S", positive=True) if expression.is_positive else sp.Dummy("S", real=True)
+
+
 def _depth(expression: Sum) -> int:
     """How many sums are nested here, itself included."""
     return len(expression.limits) + max(map(_depth, expression.function.atoms(Sum)), default=0)
 
 
 def _simplified(expression: Expr) -> Expr:
-    """Simplify with each outermost sum as one positive symbol."""
+    """Simplify with each outermost sum as one symbol, positive where the sum is."""
     sums = sorted((s for s in expression.atoms(Sum)), key=_depth, reverse=True)
-    names = {s: sp.Dummy("S", positive=True) for s in sums}
+    names = {s: _stand_in(s) for s in sums}
     for s, name in names.items():
         expression = expression.subs(s, name)
     return sp.simplify(sp.expand(sp.expand_log(expression, force=True)))
@@ -269,12 +297,14 @@ def recorded(notebook: str | Path) -> list[tuple[Check, int]]:
 
 
 def verdict(checks: Iterable[Check]) -> str:
-    """One line's verdict from all of its checks: corrected, holds under a condition, or holds."""
+    """One line's verdict from all of its checks: a definition, corrected, holds under a condition, or holds."""
     checks = list(checks)
     good = [check for check in checks if check.verdict == "holds"]
     if not good:
         raise ValueError(f"nothing establishes line {checks[0].line if checks else '?'}")
-    conditions = list(dict.fromkeys(check.under for check in good if check.under))
+    if any(check.kind == "definition" for check in good):
+        return "definition"
+    conditions = list(dict.fromkeys(check.under for check in good if check.kind == "line" and check.under))
     parts = ["corrected" if len(good) < len(checks) else "holds"]
     if conditions:
         parts.append("under " + "; ".join(conditions))
@@ -282,6 +312,9 @@ def verdict(checks: Iterable[Check]) -> str:
 
 
 def scope(checks: Iterable[Check]) -> str:
-    """The widest scope among the checks that hold: every n, then n ≤ k, then numeric."""
-    scopes = [check.scope for check in checks if check.verdict == "holds"]
-    return min(scopes, key=lambda s: (s != "every n", not s.startswith("n ≤"), s))
+    """How far a line was established: the widest scope of the checks of the line itself; its steps do not count."""
+    good = [check for check in checks if check.verdict == "holds"]
+    if any(check.kind == "definition" for check in good):
+        return "definition"
+    scopes = [check.scope for check in good if check.kind == "line"] or ["steps only"]
+    return min(scopes, key=lambda s: (s != "every n", "≤" not in s, s))

@@ -90,9 +90,25 @@ class TestHolds:
         with pytest.raises(ValueError, match="not a statement for every n"):
             s.holds("x", "three classes", p[1] + p[2], p[2] + p[1])
 
+    def test_a_sum_of_any_sign_is_not_taken_for_positive(self):
+        total = s.total(lambda a: z[a], n)
+        with pytest.raises(s.DoesNotHold):
+            s.holds("x", "root of a square", sp.sqrt(total**2), total)
+        s.holds("x", "fine for probabilities", sp.sqrt(s.total(lambda a: p[a], n) ** 2), s.total(lambda a: p[a], n))
+
+    def test_a_delta_needs_its_index_in_range(self):
+        with pytest.raises(ValueError, match="its index may lie outside"):
+            canonical(sp.Sum(sp.KroneckerDelta(j, k), (k, 1, n - 1)))
+
+    def test_written_out_symbols_are_refused(self):
+        p_ = s.positive_entries("p", 3)
+        with pytest.raises(ValueError, match="not a statement for every n"):
+            s.holds("x", "three classes", sum(p_.values()), p_[1] + p_[2] + p_[3])
+
     def test_other_verbs(self):
         assert (
-            s.holds_for("x", "sum", lambda m: (sum(s.softmax(z, m)[c] for c in range(1, m + 1)), 1), 3).scope == "n ≤ 3"
+            s.holds_for("x", "sum", lambda m: (sum(s.softmax(z, m)[c] for c in range(1, m + 1)), 1), 3).scope
+            == "2 ≤ n ≤ 3"
         )
         assert s.agrees("x", "numbers", [1.0, sp.oo], (1, float("inf"))).scope == "numeric"
         assert s.true("x", "fact", sp.true).verdict == "holds"
@@ -123,7 +139,9 @@ def test_vectors_and_objects_agree_for_three_classes():
 
 class TestLedger:
     good = s.Check("1.1", "claim", "every n", "holds")
-    conditional = s.Check("1.1", "claim", "n ≤ 5", "holds", "P ≪ Q")
+    conditional = s.Check("1.1", "claim", "2 ≤ n ≤ 5", "holds", "P ≪ Q")
+    step = s.Check("1.1", "claim", "every n", "holds", kind="step")
+    definition = s.Check("1.1", "claim", "numeric", "holds", kind="definition")
     misprint = s.Check("1.1", "claim", "counterexample", "false as printed")
 
     def notebook(self, tmp_path, checks):
@@ -153,8 +171,15 @@ class TestLedger:
 
     def test_widest_scope(self):
         numeric = s.Check("1.1", "claim", "numeric", "holds")
-        assert s.scope([numeric, self.conditional]) == "n ≤ 5"
+        assert s.scope([numeric, self.conditional]) == "2 ≤ n ≤ 5"
         assert s.scope([numeric, self.conditional, self.good]) == "every n"
+
+    def test_a_step_does_not_establish_its_line(self):
+        assert s.scope([self.conditional, self.step]) == "2 ≤ n ≤ 5"
+        assert s.scope([self.step]) == "steps only"
+
+    def test_a_definition_is_not_proved(self):
+        assert s.scope([self.definition, self.step]) == s.verdict([self.definition, self.step]) == "definition"
 
     def test_shown_as_a_mark(self):
         bundle = self.misprint._repr_mimebundle_()
