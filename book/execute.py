@@ -15,6 +15,8 @@ import yaml
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
+README_FIGURE = "fig-first-distillation"
+README_PICTURE = ROOT / "book" / "_static" / "first-distillation.svg"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -36,6 +38,12 @@ def notebooks() -> list[Path]:
     return [path for page in pages(toc) if (path := ROOT / f"{page}.ipynb").exists()]
 
 
+def svg(cell: Any) -> str:
+    """The picture that a cell has drawn."""
+    drawn = (output.get("data", {}).get("image/svg+xml") for output in cell.outputs)
+    return next(picture for picture in drawn if picture)
+
+
 def execute(path: Path) -> None:
     """Run one notebook where it lies, and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
@@ -51,9 +59,9 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
-                raise RuntimeError(
-                    f"{path}: a cell writes to stderr:\n{output['text']}"
-                )
+                raise RuntimeError(f"{path}: a cell writes to stderr:\n{output['text']}")
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == README_FIGURE:
+            README_PICTURE.write_text(svg(cell), encoding="utf-8")
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
 

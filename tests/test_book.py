@@ -1,0 +1,209 @@
+"""The book as it was built and stored: numbers, figures, links, outputs, cell lengths, the README's promises."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_build" / "html"
+NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
+CODE = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+OUTPUTS = [output for cell in CODE for output in cell.outputs]
+FIGURES = [cell for cell in CODE if any("image/svg+xml" in output.get("data", {}) for output in cell.outputs)]
+
+
+def toc(entry):
+    """Every page that `_toc.yml` names."""
+    if isinstance(entry, list):
+        return [page for part in entry for page in toc(part)]
+    own = [entry[key] for key in ("root", "file") if key in entry]
+    return own + [page for key in ("parts", "chapters", "sections") for page in toc(entry.get(key, []))]
+
+
+PAGES = toc(yaml.safe_load((ROOT / "_toc.yml").read_text()))
+
+
+def page(name):
+    path = SITE / f"{name}.html"
+    assert path.exists(), f"{path} is missing: build the site first (make book)"
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+class TestSite:
+    def test_every_page_is_built_and_every_source_is_in_the_table_of_contents(self):
+        sources = {path.with_suffix("").relative_to(ROOT).as_posix() for path in (ROOT / "book").rglob("*.md")}
+        sources |= {path.with_suffix("").relative_to(ROOT).as_posix() for path in NOTEBOOKS}
+        assert sources == set(PAGES)
+        assert all((SITE / f"{name}.html").exists() for name in PAGES)
+
+    @pytest.mark.parametrize(
+        ("name", "first", "last"), [("knowledge-distillation", 1, 15), ("renyi-divergence", 16, 33)]
+    )
+    def test_equation_numbers_are_the_thesis_s(self, name, first, last):
+        numbers = {
+            equation["id"]: equation.select_one(".eqno").get_text().strip("()#¶ ")
+            for equation in page(f"book/theory/{name}").select("div.math[id]")
+        }
+        assert numbers == {f"equation-eq-1-{k}": f"1.{k}" for k in range(first, last + 1)}
+
+    def test_companion_lines_are_numbered_by_chapter(self):
+        numbers = [e.get_text().strip("()#¶ ") for e in page("book/renyi-distillation/objective").select(".eqno")]
+        assert numbers == [f"2.{k}" for k in range(1, len(numbers) + 1)]
+        assert len(numbers) >= 8
+
+    def test_definitions_examples_and_figure_1_1(self):
+        one, two = page("book/theory/knowledge-distillation"), page("book/theory/renyi-divergence")
+        assert [len(html.select("div.definition")) for html in (one, two)] == [1, 1]
+        assert "Definition 1 of the thesis" in one.select_one("div.definition").get_text()
+        assert "Definition 2 of the thesis" in two.select_one("div.definition").get_text()
+        assert all("Example." in html.get_text() for html in (one, two))
+        assert "Fig. 1.1" in one.select_one("#fig-temperature-scaling figcaption").get_text()
+
+    @pytest.mark.parametrize("name", PAGES)
+    def test_links_inside_the_site_lead_somewhere(self, name):
+        here = SITE / f"{name}.html"
+        for link in page(name).select("article a[href]"):
+            target, _, anchor = link["href"].partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            path = (here.parent / target).resolve() if target else here
+            assert path.exists(), f"{name}: {link['href']}"
+            if anchor and path.suffix == ".html":
+                html = page(path.relative_to(SITE).with_suffix(""))
+                assert html.find(id=anchor) or html.find(attrs={"name": anchor}), f"{name}: {link['href']}"
+
+    @pytest.mark.parametrize("name", PAGES)
+    def test_images_have_alt_text_and_captions(self, name):
+        for image in page(name).select("article img"):
+            assert len(image.get("alt", "")) > 30, f"{name}: {image.get('src')}"
+            assert image.find_parent("figure").select_one("figcaption"), f"{name}: {image.get('src')}"
+
+    def test_the_ledger_shows_every_line(self):
+        rows = page("book/attachments/equation-ledger").select("table")[0].select("tbody tr")
+        assert [row.td.get_text(strip=True) for row in rows] == [f"(1.{k})" for k in range(1, 34)]
+        assert {row.select("td")[2].get_text(strip=True) for row in rows} <= {
+            "definition",
+            "every n",
+            "2 ≤ n ≤ 5",
+            "numeric",
+        }
+
+    def test_every_figure_is_listed(self):
+        listed = page("book/figures-and-tables").get_text()
+        assert len(FIGURES) >= 5
+        assert all(f"Figure {number}" in listed for number in ("1.1", "1.2", "1.3", "1.4", "2.1", "2.2"))
+
+
+class TestNotebooks:
+    def test_nothing_failed_and_nothing_warned(self):
+        assert not [output for output in OUTPUTS if output.output_type == "error" or output.get("name") == "stderr"]
+
+    @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+    def test_stored_as_executed(self, path):
+        notebook = nbformat.read(path, as_version=4)
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+        assert notebook.metadata == {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+
+    def test_outputs_are_compared_except_one_picture(self):
+        exempt = [cell for cell in CODE if cell.metadata.get("tags")]
+        assert [cell.metadata.tags for cell in exempt] == [["nbval-ignore-output"]]
+        assert "rounds differently on other processors" in exempt[0].source
+
+    def test_figures_have_caption_name_and_alt_text(self):
+        for cell in FIGURES:
+            described = cell.metadata.mystnb
+            assert described.figure.caption.endswith(".")
+            assert described.figure.name.startswith("fig-")
+            assert len(described.image.alt) > 80
+
+    def test_only_the_page_shows_what_it_does_not_know(self):
+        """myst-nb's warning about unknown outputs is off, because of the checks: nothing else may hide behind that."""
+        known = {"text/plain", "text/html", "text/latex", "text/markdown", "image/png", "image/svg+xml"}
+        known |= {"application/papermill.record/text/plain", "application/vnd.rkd.check+json"}
+        assert {kind for output in OUTPUTS for kind in output.get("data", {})} <= known
+
+    def test_cells_are_short(self):
+        lengths = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in CODE)
+        assert lengths[len(lengths) // 2] <= 6
+        assert lengths[int(0.9 * len(lengths))] <= 15
+        assert lengths[-1] <= 30
+
+
+class TestReadme:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def test_commands_exist(self):
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        named = {
+            name
+            for pair in re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", self.text, re.MULTILINE)
+            for name in pair
+            if name
+        }
+        assert {"book", "test"} <= named <= targets
+
+    def test_the_map_is_true(self):
+        """Every path in the README's map exists, and every tracked file of the package is on it."""
+        block = self.text.split("## Layout", 1)[1].split("```", 2)[1]
+        paths, folder = set(), {}
+        for line in block.splitlines()[1:]:
+            depth, name = len(line) - len(line.lstrip()), line.split()[0]
+            folder = {k: v for k, v in folder.items() if k < depth}
+            full = "".join(folder.values()) + name
+            if name.endswith("/"):
+                folder[depth] = name
+            paths.add(full)
+            assert (ROOT / full).exists(), full
+        assert {f"rkd/{module.name}" for module in (ROOT / "rkd").glob("[a-z]*.py")} <= paths
+
+    def test_the_example_runs(self):
+        code = re.search(r"```python\n(.*?)```", self.text, re.DOTALL)[1]
+        scope = {}
+        exec(compile(code, "README.md", "exec"), scope)
+        assert scope["loss"].item() > 0
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+    def test_the_picture_is_the_book_s(self):
+        stored = [cell for cell in FIGURES if cell.metadata.mystnb.figure.name == "fig-first-distillation"]
+        picture = (ROOT / "book" / "_static" / "first-distillation.svg").read_text(encoding="utf-8")
+        assert "first-distillation.svg" in self.text
+        assert [o.data["image/svg+xml"] for o in stored[0].outputs if "image/svg+xml" in o.get("data", {})] == [picture]
+
+    def test_links_lead_somewhere(self):
+        for target in re.findall(r"\]\(([^)#]+)\)", self.text):
+            assert "://" in target or (ROOT / target).exists(), target
+
+
+class TestPackaging:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def test_every_requirement_is_pinned(self):
+        pins = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+        wanted = [*self.project["dependencies"], *itertools.chain(*self.project["optional-dependencies"].values())]
+        assert {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted} <= pins
+        assert "+" not in "".join(re.findall(r"==(\S+)", (ROOT / "requirements.txt").read_text()))
+
+    def test_import_pulls_in_nothing_heavy(self):
+        """`import rkd` needs NumPy and PyTorch alone; the rest is imported where it is used."""
+        heavy = {"sklearn", "scipy", "matplotlib", "pandas", "IPython", "sympy", "mpmath"}
+        code = "import torch, sys; before = set(sys.modules); import rkd; print(*(set(sys.modules) - before))"
+        new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert not heavy & {name.split(".")[0] for name in new.split()}
+
+    def test_notebook_files_are_plain_json(self):
+        for path in NOTEBOOKS:
+            text = path.read_text(encoding="utf-8")
+            assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n", path
