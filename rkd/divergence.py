@@ -18,12 +18,14 @@ from torch import Tensor
 
 from rkd.arguments import ArrayLike, Order, as_floating, as_probabilities, check_order, check_positive
 
-# expm1(x) stops growing here where its partner exp(-2x) or smaller is already negligible
-_EXP_LIMIT = 80.0
+# r is cut here: the terms of the generator have long reached their limit, and no e^{hr} with h >= -1/2 overflows
+_LOWEST_R = -160.0
 # below this |r| and |hr| the generator is summed as a series; balances truncation against cancellation
 _SERIES_RADIUS = {torch.float32: 0.25, torch.float64: 2.0**-6}
-# |order - 1| below this counts as order 1: the difference to D_1 is far below rounding
-_TINY = 1e-30
+# below this log1p(x) is x(1 − x/2) to rounding, and x may be too small a number to carry its digits
+_SMALL_SHIFT = 1e-8
+# orders below this count as 0, beyond its inverse as inf: the difference is far below rounding
+_TINY_ORDER = 1e-30
 
 
 def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
@@ -36,8 +38,9 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
         alpha: order(s) in [0, inf], a number or an array that broadcasts against the leading axes.
 
     Returns:
-        D_α, shape (...), of the kind that came in: tensor for tensors, else NumPy. Half precision is computed and
-        returned in float32. Tensors are differentiable in `p` and `q`.
+        D_α of shape (...), a tensor if either argument is one, else NumPy. Half precision is computed and
+        returned in float32. Tensors are differentiable in `p` and `q`; slopes of -inf, at the border of the simplex,
+        are given as the largest finite number, and rows of infinite divergence get zero gradient.
         Conventions: 0·log(0/0) = 0; x/0 = inf. So D_α = inf where α >= 1 and some q_i = 0 < p_i, and for every α where
         P and Q have disjoint supports. D_0 = -log Q(p > 0) (1.27), D_1 = KL (1.31), D_inf = max log(p/q) (1.33).
 
@@ -109,8 +112,8 @@ def softmax(logits: ArrayLike, temperature: float = 1.0) -> Any:
 def divergence_per_order(r: Tensor, log_p: Tensor, log_q: Tensor, alpha: Order) -> tuple[Tensor, Tensor]:
     """(D_α, D_α/α) of each row from r = log(p/q), log p and log q, all of shape (..., n) and normalised.
 
-    D_α/α is the reverse KL(Q‖P) at α = 0 and 0 at α = inf. `alpha` is a float, or a tensor that broadcasts against
-    (..., 1). Impossible classes have log p = -inf, log q = -inf, and r = ∓inf, or 0 where both are.
+    D_α/α is the reverse KL(Q‖P) at α = 0 and, where D_α is finite, 0 at α = inf. `alpha` is a float, or a tensor that
+    broadcasts against (..., 1). Impossible classes have log p = -inf, log q = -inf, and r = ∓inf, or 0 where both are.
     Each result has relative error of a few units in the last place; neither is ever negative.
     """
     dead_p, dead_q = log_p == -math.inf, log_q == -math.inf
@@ -128,7 +131,8 @@ def divergence_per_order(r: Tensor, log_p: Tensor, log_q: Tensor, alpha: Order) 
     divergence = where(_row(flip), ratio * _row(alpha), value)
     if infinite is not False:
         largest = r.masked_fill(dead_p, -math.inf).amax(-1).clamp_min(0.0)
-        divergence, ratio = where(_row(infinite), largest, divergence), where(_row(infinite), largest * 0.0, ratio)
+        divergence = where(_row(infinite), largest, divergence)
+        ratio = where(_row(infinite), torch.where(largest == math.inf, largest, 0.0), ratio)
     zero = alpha == 0.0
     if zero is not False:
         lost = (log_q.exp() * dead_p).sum(-1)
@@ -139,7 +143,6 @@ def divergence_per_order(r: Tensor, log_p: Tensor, log_q: Tensor, alpha: Order) 
 
 def _from_half_up(r: Tensor, log_p: Tensor, log_q: Tensor, dead_p: Tensor, h: Order) -> Tensor:
     """D_{1+h} for orders >= 1/2: log1p(h·H)/h, or the log-sum-exp of (1.16) where that sum is far from 1."""
-    h = where(_negligible(h), 0.0, h)
     at_one = h == 0.0
     safe_h = where(at_one, 1.0, h)
     excess = _generator_terms(r, log_p, log_q, h).sum(-1).clamp_min(0.0)  # H
@@ -148,7 +151,8 @@ def _from_half_up(r: Tensor, log_p: Tensor, log_q: Tensor, dead_p: Tensor, h: Or
     shift = _row(h) * excess  # S - 1, S = Σ p^{1+h} q^{-h}
     log_s = torch.where(dead_p, -math.inf, log_p + h * r).logsumexp(-1)
     log_s = torch.where(shift.abs() > 0.5, log_s, torch.log1p(shift))
-    return where(_row(at_one), excess, log_s / _row(safe_h)).clamp_min(0.0)
+    small = shift.abs() < _SMALL_SHIFT
+    return torch.where(small, excess * (1.0 - 0.5 * shift), log_s / _row(safe_h)).clamp_min(0.0)
 
 
 def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tensor:
@@ -157,7 +161,7 @@ def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tenso
     rises = r >= 0
     fall = -r.abs()
     decay = torch.expm1(fall)
-    growth = expm1_ratio(r, h, torch.where(rises, 1.0, fall.exp()))
+    growth = _expm1_ratio(r.clamp_min(_LOWEST_R), h, torch.where(rises, 1.0, fall.exp()))
     outer = torch.where(rises, p, q) * (growth + torch.where(rises, decay, -decay))
     if isinstance(h, Tensor) or h > 0.0:
         steep = (h * r > 1.0) & rises
@@ -171,15 +175,12 @@ def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tenso
     return torch.where((r.abs() < radius) & (y.abs() < radius), inner, outer)
 
 
-def expm1_ratio(x: Tensor, h: Order, weight: Tensor | float = 1.0) -> Tensor:
-    """weight·(e^{hx} − 1)/h, which is weight·x at h = 0. For x < 0 the exponent is capped, and so is x at h = 0:
-    callers give such x a weight of e^x, which has long vanished there."""
-    at_zero = _negligible(h)
+def _expm1_ratio(x: Tensor, h: Order, weight: Tensor | float = 1.0) -> Tensor:
+    """weight·(e^{hx} − 1)/h, which is weight·x at h = 0."""
+    at_zero = h == 0.0
     if at_zero is True:
-        return weight * x.clamp_min(-750.0)
-    y = torch.where(x < 0, (h * x).clamp_max(_EXP_LIMIT), h * x)
-    ratio = weight * torch.expm1(y) / where(at_zero, 1.0, h)
-    return where(at_zero, weight * x.clamp_min(-750.0), ratio)
+        return weight * x
+    return where(at_zero, weight * x, weight * torch.expm1(h * x) / where(at_zero, 1.0, h))
 
 
 def _exp_series_2(x: Tensor) -> Tensor:
@@ -197,8 +198,14 @@ def where(condition: bool | Tensor, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-def _negligible(h: Order) -> bool | Tensor:
-    return h.abs() < _TINY if isinstance(h, Tensor) else abs(h) < _TINY
+def settle(alpha: Order) -> Order:
+    """The order, broadcastable against (..., n), with what is 0 or inf to rounding put there."""
+    alpha = keep_class_axis(alpha)
+    return where(alpha < _TINY_ORDER, 0.0, where(alpha > 1.0 / _TINY_ORDER, math.inf, alpha))
+
+
+def keep_class_axis(x: Order) -> Order:
+    return x.unsqueeze(-1) if isinstance(x, Tensor) else x
 
 
 def _row(x: Any) -> Any:
@@ -214,37 +221,40 @@ class _DivergenceOfProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(p: Tensor, q: Tensor, alpha: Order) -> tuple[Tensor, Tensor]:
-        order = alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
-        return divergence_per_order(*_log_ratio_ofas_probabilities(p, q), order)
+        return divergence_per_order(*_log_ratio_of_probabilities(p, q), settle(alpha))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         p, q, alpha = inputs
         ctx.order = alpha
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(p, q, *output)
+        ctx.save_for_backward(p, q, output[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        p, q, divergence, ratio = (
-            x.unsqueeze(-1) if x.dim() < ctx.saved_tensors[0].dim() else x for x in ctx.saved_tensors
-        )
-        alpha = ctx.order.unsqueeze(-1) if isinstance(ctx.order, Tensor) else ctx.order
-        r, log_p, log_q = _log_ratio_ofas_probabilities(p, q)
+        p, q, divergence = ctx.saved_tensors
+        divergence = divergence.unsqueeze(-1)
+        alpha = settle(ctx.order)
+        r, log_p, log_q = _log_ratio_of_probabilities(p, q)
         infinite = alpha == math.inf
         finite = where(infinite, 1.0, alpha)
-        tie = where(infinite, torch.where(r == divergence, log_q, -math.inf).softmax(-1), p)
-        mass_p, mass_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
-        by_q = -torch.expm1(finite * (r + (1.0 - finite) * ratio)) / mass_q
-        by_q = where(infinite, (1.0 - tie / log_q.exp()) / mass_q, by_q)
-        by_p = finite * expm1_ratio(r - divergence, finite - 1.0) / mass_p
-        by_p = where(infinite, (tie / log_p.exp() - 1.0) / mass_p, by_p)
-        grad = grad.unsqueeze(-1)
-        return grad * by_p, grad * by_q, None
+        largest = torch.finfo(p.dtype).max
+        log_w_q = torch.where(p == 0, -math.inf, finite * r.clamp_max(largest)) + (1.0 - finite) * divergence
+        by_q = -torch.expm1(log_w_q)
+        by_p = where(alpha == 0.0, torch.zeros_like(r), finite * _expm1_ratio(r - divergence, finite - 1.0))
+        if infinite is not False:
+            top = r.masked_fill(p == 0, -math.inf)
+            w = torch.where(top == top.amax(-1, keepdim=True), log_q, -math.inf).softmax(-1)
+            by_q = where(infinite, 1.0 - torch.where(w > 0, w / log_q.exp(), 0.0), by_q)
+            by_p = where(infinite, torch.where(w > 0, w / log_p.exp(), 0.0) - 1.0, by_p)
+        grad = torch.where(divergence == math.inf, 0.0, grad.unsqueeze(-1))
+        by_p = (by_p / p.sum(-1, keepdim=True)).clamp(-largest, largest)
+        by_q = (by_q / q.sum(-1, keepdim=True)).clamp(-largest, largest)
+        return torch.where(grad == 0, 0.0, grad * by_p), torch.where(grad == 0, 0.0, grad * by_q), None
 
 
-def _log_ratio_ofas_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _log_ratio_of_probabilities(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r = log(p/q), log p and log q of the normalised rows; log1p of the exact difference where p is close to q."""
     mass_p, mass_q = p.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
     difference = p - q

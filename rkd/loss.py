@@ -150,8 +150,10 @@ class DistillationLoss(nn.Module):
         if class_mask is not None:
             student_logits = student_logits.masked_fill(~class_mask, -math.inf)
         flat, targets = student_logits.reshape(-1, student_logits.shape[-1]), labels.reshape(-1)
+        ignored = targets == self.ignore_index
+        flat = flat.masked_fill(ignored.unsqueeze(-1), 0.0)  # else NaN logits of an ignored sample reach its gradient
         hard = F.cross_entropy(flat, targets, ignore_index=self.ignore_index, reduction="sum")
-        hard = hard / (targets != self.ignore_index).sum().clamp_min(1)
+        hard = hard / (~ignored).sum().clamp_min(1)
         return (1.0 - self.beta) * hard + self.beta * soft
 
     def extra_repr(self) -> str:

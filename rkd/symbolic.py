@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import sympy as sp
 from sympy import Expr, IndexedBase, Integer, Sum, Symbol
 from sympy.concrete.delta import deltasummation
@@ -190,8 +191,8 @@ def agrees(
 def true(
     line: str, claim: str, statement: Any, *, scope: str = "numeric", under: str = "", kind: str = "step"
 ) -> Check:
-    """A statement that is not an equation: raises unless it is true (SymPy's `true` or Python's)."""
-    if statement is not sp.true and statement is not True:
+    """A statement that is not an equation: raises unless it is true (SymPy's, Python's or NumPy's)."""
+    if statement is not sp.true and not (isinstance(statement, bool | np.bool_) and statement):
         raise DoesNotHold(f"({line}) {claim}: {statement}")
     return Check(line, claim, scope, "holds", under, kind)
 

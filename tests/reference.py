@@ -52,3 +52,15 @@ def of_logits(student, teacher, alpha, temperature=1):
         w = mixture(p, q, alpha) if 0 < alpha < INF else None
         gradient = [(b - c) / mpmath.mpf(float(temperature)) for b, c in zip(q, w)] if w else None
         return renyi(p, q, alpha), gradient
+
+
+def teacher_gradient(student, teacher, alpha, temperature=1):
+    """The gradient of D_α in the teacher's logits, 0 < α < inf: α(w − p)/((α − 1)T), p(log(p/q) − D)/T at α = 1."""
+    with mpmath.workdps(120):
+        p, q = softmax(teacher, temperature), softmax(student, temperature)
+        order, scale = mpmath.mpf(float(alpha)), mpmath.mpf(float(temperature))
+        if order == 1:
+            value = renyi(p, q, 1)
+            return [a * (mpmath.log(a / b) - value) / scale for a, b in zip(p, q)]
+        w = mixture(p, q, alpha)
+        return [order * (c - a) / ((order - 1) * scale) for a, c in zip(p, w)]

@@ -208,6 +208,31 @@ def test_gradients_of_probability_form(alpha):
     torch.autograd.gradcheck(lambda x, y: renyi_divergence(x, y, alpha), (p, q), eps=1e-9, atol=1e-5)
 
 
+@pytest.mark.parametrize("tiny", [(1e-120, 1e-250), (1e-300, 1e-80)])
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.999, 1.0, 1.5])
+def test_gradients_at_tiny_probabilities(alpha, tiny):
+    p, q = ([0.5, 0.5 - x, x] for x in tiny)
+    rows = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (p, q)]
+    renyi_divergence(*rows, alpha).backward()
+    value, ratios = exact(p, q, alpha), [mpmath.mpf(a) / b for a, b in zip(p, q)]
+    h = mpmath.mpf(alpha) - 1
+    for i, r in enumerate(ratios):
+        by_q = 1 - r**alpha * mpmath.exp(-h * value)
+        by_p = mpmath.log(r) - value if h == 0 else alpha * (mpmath.exp(h * (mpmath.log(r) - value)) - 1) / h
+        for row, expected in zip(rows, (by_p, by_q)):
+            assert row.grad[i].item() == pytest.approx(float(expected), rel=1e-11, abs=1e-15)
+
+
+@pytest.mark.parametrize("alpha", [*ORDERS, 1.5])
+def test_gradients_at_zeros_hold_no_nan(alpha):
+    rows = [[[0.6, 0.4, 0.0], [0.5, 0.0, 0.5], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 1e-310]]]
+    rows += [[[0.3, 0.3, 0.4], [0.4, 0.6, 0.0], [0.3, 0.7, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.3, 0.7, 1e-300]]]
+    p, q = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in rows)
+    renyi_divergence(p, q, alpha).sum().backward()
+    assert p.grad.isfinite().all()
+    assert q.grad.isfinite().all()
+
+
 def test_softmax_with_temperature():
     logits = torch.tensor([5.4, 0.2, -1.3])
     torch.testing.assert_close(softmax(logits, 4.0), torch.softmax(logits / 4, -1))

@@ -70,6 +70,90 @@ def test_against_50_digits(dtype, kind, size, n, temperature):
             assert error <= bar * largest, (alpha, float(error / largest))
 
 
+def assert_meets_the_bar(z, v, alpha, temperature=1.0):
+    """Value and both gradients, of D_α and of D_α/α; classes that are -inf in both are left out of the reference."""
+    value_bar, gradient_bar = BAR[z.dtype]
+    alive = (z > -math.inf) | (v > -math.inf)
+    row = z[alive].tolist(), v[alive].tolist(), alpha, temperature
+    exact, by_z = reference.of_logits(*row)
+    by_v = reference.teacher_gradient(*row)
+    for per_order in (False, True):
+        leaves = z.clone().requires_grad_(), v.clone().requires_grad_()
+        value = renyi_from_logits(*(x[None] for x in leaves), alpha, temperature, per_order)
+        value.sum().backward()
+        unit = mpmath.mpf(alpha) if per_order else 1
+        assert abs(value.item() - exact / unit) <= max(value_bar * exact / unit, SMALL), (alpha, per_order)
+        for leaf, expected in zip(leaves, (by_z, by_v)):
+            error = max(abs(a - b / unit) for a, b in zip(leaf.grad[alive].tolist(), expected))
+            assert error <= max(gradient_bar * max(map(abs, expected)) / unit, SMALL), (alpha, per_order)
+
+
+MODERATE = [1e-4, 0.1, 0.4999, 0.5, 0.9, 1 - 1e-12, 1.0, 1 + 1e-12, 1.001, 1.1, 2.0, 20.0]
+
+
+@pytest.mark.parametrize("dtype", BAR)
+class TestHardRows:
+    """Rows on which some earlier version lost digits, each for a reason of its own."""
+
+    def test_impossible_classes_near_convergence(self, dtype):
+        z, v = pair(20, dtype, "near", 1e-3)
+        z[0] = v[0] = -math.inf
+        for alpha in MODERATE:
+            assert_meets_the_bar(z, v, alpha, 20.0)
+
+    @pytest.mark.parametrize("size", [1.0, 15.0])
+    def test_gap_in_one_rare_class(self, dtype, size):
+        z = torch.randn(10, dtype=dtype)
+        z[0] -= 20
+        v = z.clone()
+        v[0] += size
+        for alpha in MODERATE:
+            assert_meets_the_bar(z, v, alpha, 0.75)
+
+    def test_wide_rows_at_order_one(self, dtype):
+        z, v = pair(30, dtype, "wide", 1000.0)
+        z[0] = v[0] = 1000.0
+        for alpha in (1 - 1e-12, 1.0, 1 + 1e-12):
+            assert_meets_the_bar(z, v, alpha, 1.0)
+
+    @pytest.mark.parametrize("alpha", [0.9, 1.0, 1.1])
+    def test_mixture_close_to_the_teacher_of_a_far_student(self, dtype, alpha):
+        z, v = torch.tensor([[0.0, 470.3, 3.0], [0.0, -60.7, -50.0]], dtype=dtype)
+        assert_meets_the_bar(z, v, alpha)
+
+    def test_student_off_in_its_heaviest_class(self, dtype):
+        z, v = pair(100, dtype, "near", 1.0)
+        z[0] += 40
+        for alpha in (2.0, 20.0, 100.0):
+            assert_meets_the_bar(z, v, alpha, 100.0)
+
+    @pytest.mark.parametrize("alpha", [1 - 1e-12, 1 + 1e-12])
+    def test_value_near_the_smallest_that_counts(self, dtype, alpha):
+        z = torch.tensor([0.0, 0.5, -50.0], dtype=dtype)
+        v = torch.tensor([0.0, 0.5, -50.0001], dtype=dtype)
+        assert_meets_the_bar(z, v, alpha)
+
+    def test_order_zero_keeps_the_gradient_of_a_small_lost_mass(self, dtype):
+        z = torch.randn(6, dtype=dtype)
+        z[0] = -18.0
+        v = z.flip(0).clone()
+        v[0] = -math.inf
+        _, gradient = loss_and_gradient(z, v, 0.0)
+        q = reference.softmax(z.tolist())
+        exact = [q[0], *(-q[0] * x / (1 - q[0]) for x in q[1:])]
+        assert max(abs(a - b) for a, b in zip(gradient, exact)) <= BAR[dtype][1] * q[0]
+
+    @pytest.mark.parametrize("scale", [1.0, "T2/alpha"])
+    @pytest.mark.parametrize(("alpha", "limit"), [(5e-324, 0.0), (1e-31, 0.0), (1e300, math.inf)])
+    def test_orders_beyond_the_float(self, dtype, alpha, limit, scale):
+        z, v = pair(5, dtype, "near", 1.0)[:, None]
+        if limit == math.inf and scale != 1.0:
+            assert renyi_kd_loss(z, v, alpha, 1.0, scale) == 0
+        else:
+            assert renyi_kd_loss(z, v, alpha, 1.0, scale) == renyi_kd_loss(z, v, limit, 1.0, scale)
+        assert renyi_kd_loss(z, v, torch.tensor([alpha], dtype=torch.float64), 1.0, scale).isfinite()
+
+
 @pytest.mark.parametrize("dtype", BAR)
 def test_a_thousand_classes(dtype):
     z, v = pair(1000, dtype, "near", 1.0)
@@ -241,6 +325,25 @@ class TestImpossibleClasses:
         torch.testing.assert_close(masked, without)
         torch.testing.assert_close(ours.grad, theirs.grad)
 
+    @pytest.mark.parametrize("alpha", [1.0, 2.0, math.inf])
+    def test_gradient_of_an_infinite_row_is_finite(self, alpha):
+        leaves = [torch.tensor([x], requires_grad=True) for x in ([-math.inf, 0.0], [0.3, -0.2])]
+        loss = renyi_kd_loss(*leaves, alpha)
+        loss.backward()
+        assert loss == math.inf
+        assert all(x.grad.isfinite().all() for x in leaves)
+
+    def test_per_order_at_infinity(self):
+        orders = torch.tensor([math.inf, math.inf])
+        z, v = torch.tensor([[[-math.inf, 0.0], [1.0, 0.0]], [[0.3, -0.2], [0.5, 2.0]]])
+        assert renyi_kd_loss(z, v, orders, 1.0, "T2/alpha", "none").tolist() == [math.inf, 0.0]
+
+    @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
+    def test_second_derivatives_with_a_class_mask(self, alpha):
+        mask = torch.tensor([True, True, False, True, False, True])
+        loss = lambda z: renyi_kd_loss(z, self.v.double(), alpha, 2.0, class_mask=mask)  # noqa: E731
+        torch.autograd.gradgradcheck(loss, (self.z.double().requires_grad_(),))
+
     @pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0, 2.0, math.inf])
     def test_infinite_row_does_not_poison_its_neighbours(self, alpha):
         z = self.z.clone()
@@ -313,6 +416,10 @@ class TestReduction:
         loss = renyi_kd_loss(z, self.v, 0.5, labels=self.labels)
         loss.backward()
         torch.testing.assert_close(loss, renyi_kd_loss(self.z[counted], self.v[counted], 0.5))
+        assert (z.grad[~counted] == 0).all()
+        z.grad = None
+        DistillationLoss(0.5)(z, self.v, self.labels).backward()
+        assert z.grad.isfinite().all()
         assert (z.grad[~counted] == 0).all()
 
     @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])

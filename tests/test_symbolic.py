@@ -3,6 +3,7 @@
 import json
 
 import nbformat
+import numpy as np
 import pytest
 import sympy as sp
 from hypothesis import given, settings
@@ -21,8 +22,6 @@ def at(expression, size, values):
 
 
 def values(size, seed):
-    import numpy as np
-
     draw = np.random.default_rng(seed)
     numbers = {base[c]: sp.Float(float(draw.normal()), 30) for base in (z, v) for c in range(1, size + 1)}
     for base in (p, q):
@@ -111,13 +110,15 @@ class TestHolds:
             == "2 ≤ n ≤ 3"
         )
         assert s.agrees("x", "numbers", [1.0, sp.oo], (1, float("inf"))).scope == "numeric"
-        assert s.true("x", "fact", sp.true).verdict == "holds"
+        assert s.true("x", "fact", sp.true).verdict == s.true("x", "fact", np.bool_(True)).verdict == "holds"
         for bad in (
             lambda: s.holds_for("x", "sum", lambda m: (p[1], q[1]), 3),
             lambda: s.agrees("x", "numbers", [1.0], [1.0 + 1e-9]),
             lambda: s.agrees("x", "lengths", [1.0], [1.0, 1.0]),
             lambda: s.agrees("x", "nan", [float("nan")], [1.0]),
             lambda: s.true("x", "fact", False),
+            lambda: s.true("x", "fact", np.bool_(False)),
+            lambda: s.true("x", "a number is not a statement", 1),
             lambda: s.true("x", "not decided", p[j] > 0.5),
         ):
             with pytest.raises(s.DoesNotHold):
