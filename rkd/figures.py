@@ -4,6 +4,7 @@ Figures are deterministic: SVG ids come from a fixed salt and no date is written
 compared with a fresh one byte by byte. Faces are opaque white, legible on light and dark pages.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
@@ -149,3 +150,66 @@ def table(caption: str, name: str, head: list[str], rows: list[list[str]]) -> Ma
     lines = [head, ["---"] * len(head), *rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return Markdown(f":::{{table}} {caption}\n:name: {name}\n\n{body}\n:::")
+
+
+def chords(curve: Callable[[Array], Array], orders: list[float], slopes: Array) -> list[float]:
+    """The convex curve K and its lines through (1, K(1)) of the given slopes, down to the axis. Returns the depths."""
+    _, axis = plt.subplots(figsize=(7.0, 4.0))
+    t = np.linspace(-0.6, max(orders) + 0.3, 300)
+    axis.plot(t, curve(t), color=BLACK, label="$K(t)$")
+    at_one, depths = float(curve(np.array(1.0))), []
+    for order, slope, color in zip(orders, slopes, (GREEN, SKY, RED, ORANGE, BLUE), strict=True):
+        end = max(order, 1.0) if order != 1.0 else 1.6
+        axis.plot([0, end], [at_one - slope, at_one + slope * (end - 1)], color=color, linewidth=1.2)
+        axis.plot([order], curve(np.array([order])), "o", color=color, markersize=4)
+        depths.append(at_one - float(slope))
+        axis.plot([0], depths[-1:], "D", color=color, markersize=4, label=f"depth $D_\\alpha$, α = {order:g}")
+    axis.axvline(0, color=BLACK, linewidth=0.8)
+    axis.axhline(0, color=BLACK, linewidth=0.8)
+    axis.set_xlabel("t")
+    axis.set_ylim(min(depths) * 1.4, float(curve(np.array(max(orders)))) * 1.05)
+    axis.legend()
+    return depths
+
+
+def simplex_flow(paths: dict[float, Array], teacher: Array, corners: list[str], every: int) -> None:
+    """One triangle an order: the paths (steps, starts, 3) of distributions, a dot every `every` steps, the teacher."""
+    to_plane = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
+    _, axes = plt.subplots(1, len(paths), figsize=(8.4, 2.9))
+    for axis, (order, path) in zip(axes, paths.items(), strict=True):
+        axis.plot(*to_plane[[0, 1, 2, 0]].T, color=BLACK, linewidth=0.8)
+        for start, color in zip(np.moveaxis(path, 1, 0), (BLUE, ORANGE, GREEN, RED), strict=True):
+            points = start @ to_plane
+            axis.plot(*points.T, color=color, linewidth=1.2)
+            axis.plot(*points[::every].T, "o", color=color, markersize=3)
+        axis.plot(*(teacher @ to_plane), "*", color=BLACK, markersize=9)
+        for name, corner, side in zip(corners, to_plane, ("top", "top", "bottom"), strict=True):
+            axis.annotate(
+                name, corner, (0, -4 if side == "top" else 4), textcoords="offset points", ha="center", va=side
+            )
+        axis.set_title(f"α = {order:g}", fontsize=10, pad=16)
+        axis.set_aspect("equal")
+        axis.axis("off")
+
+
+def covering(x: Array, teacher: Array, students: dict[float, Array]) -> list[float]:
+    """A teacher's distribution over points on a line, filled, and one student's an order. Returns the orders drawn."""
+    _, axis = plt.subplots()
+    axis.fill_between(x, teacher, color=BLACK, alpha=0.15, linewidth=0, label="teacher")
+    for (order, student), color in zip(students.items(), (SKY, GREEN, RED, ORANGE, BLUE), strict=True):
+        axis.plot(x, student, color=color, label=f"α = {order:g}")
+    axis.set_xlabel("class, as a point on a line")
+    axis.set_ylabel("probability")
+    axis.legend()
+    return list(students)
+
+
+def gradient_lengths(gaps: Array, curves: dict[str, list[float]]) -> None:
+    """Log-log lines of gradient lengths against a gap; labels that start with D are solid, the others broken."""
+    _, axis = plt.subplots(figsize=(8.4, 3.6))
+    for label, row in curves.items():
+        axis.loglog(gaps, row, "-" if label.startswith("$D") else "--", label=label)
+    axis.set_xlabel("margin $s$ of both")
+    axis.set_ylabel("length of the gradient over $c$")
+    axis.set_ylim(1e-4, 1e2)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))

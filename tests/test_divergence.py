@@ -92,6 +92,11 @@ class TestConventions:
         expected = math.inf if alpha >= 1 else float(exact(p, q, alpha))
         assert renyi_divergence(p, q, alpha) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
+    def test_student_zero_with_orders_as_an_array(self):
+        """At exactly 1 inside an array h·H is 0·∞, which must not become NaN."""
+        together = renyi_divergence([0.5, 0.5], [1.0, 0.0], np.array(ORDERS))
+        np.testing.assert_allclose(together, [renyi_divergence([0.5, 0.5], [1.0, 0.0], a) for a in ORDERS], rtol=1e-13)
+
     @pytest.mark.parametrize("alpha", ORDERS)
     def test_teacher_zero(self, alpha):
         p, q = [0.6, 0.4, 0.0], [0.5, 0.3, 0.2]

@@ -360,6 +360,14 @@ class TestImpossibleClasses:
         torch.testing.assert_close(rows[others], kept[others])
         torch.testing.assert_close(z.grad[others], clean.grad[others])
 
+    def test_student_excludes_a_class_with_one_order_a_sample(self):
+        z = torch.tensor([[0.0, -math.inf]]).repeat(5, 1).requires_grad_()
+        orders = torch.tensor([0.5, 1.0, 2.0, math.inf, 0.0])
+        rows = renyi_kd_loss(z, torch.zeros(5, 2), orders, reduction="none")
+        rows.sum().backward()
+        assert rows.isinf().tolist() == [False, True, True, True, False]
+        assert torch.isfinite(z.grad).all()
+
     @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.8, 1.0, 1.5, 4.0, math.inf])
     def test_teacher_excludes_a_class(self, alpha):
         v = self.v.clone()
