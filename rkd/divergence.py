@@ -148,11 +148,10 @@ def _from_half_up(r: Tensor, log_p: Tensor, log_q: Tensor, dead_p: Tensor, h: Or
     excess = _generator_terms(r, log_p, log_q, h).sum(-1).clamp_min(0.0)  # H
     if at_one is True:
         return excess
-    shift = _row(h) * excess  # S - 1, S = Σ p^{1+h} q^{-h}
+    shift = where(_row(at_one), 0.0, _row(h) * excess)  # S - 1, S = Σ p^{1+h} q^{-h}
     log_s = torch.where(dead_p, -math.inf, log_p + h * r).logsumexp(-1)
     log_s = torch.where(shift.abs() > 0.5, log_s, torch.log1p(shift))
-    small = (shift.abs() < _SMALL_SHIFT) | _row(at_one)
-    shift = where(_row(at_one), 0.0, shift)
+    small = shift.abs() < _SMALL_SHIFT
     return torch.where(small, excess * (1.0 - 0.5 * shift), log_s / _row(safe_h)).clamp_min(0.0)
 
 
