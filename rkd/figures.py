@@ -192,8 +192,8 @@ def simplex_flow(paths: dict[float, Array], teacher: Array, corners: list[str], 
         axis.axis("off")
 
 
-def covering(x: Array, teacher: Array, students: dict[float, Array]) -> list[float]:
-    """A teacher's distribution over points on a line, filled, and one student's an order. Returns the orders drawn."""
+def covering(x: Array, teacher: Array, students: dict[float, Array]) -> list[Any]:
+    """A teacher's distribution over points on a line, filled, and one student's an order. Returns the curves drawn."""
     _, axis = plt.subplots()
     axis.fill_between(x, teacher, color=BLACK, alpha=0.15, linewidth=0, label="teacher")
     for (order, student), color in zip(students.items(), (SKY, GREEN, RED, ORANGE, BLUE), strict=True):
@@ -201,7 +201,7 @@ def covering(x: Array, teacher: Array, students: dict[float, Array]) -> list[flo
     axis.set_xlabel("class, as a point on a line")
     axis.set_ylabel("probability")
     axis.legend()
-    return list(students)
+    return [line.get_ydata() for line in axis.lines]
 
 
 def gradient_lengths(gaps: Array, curves: dict[str, list[float]]) -> None:
