@@ -53,12 +53,10 @@ def load(
 ) -> DataSet:
     """A data set by its name. Never downloads: the images of mnist, fashion_mnist and cifar come from `rkd.sources`.
 
-    | name | x | train + validation | test | default validation |
-    |---|---|---|---|---|
-    | digits | (N, 1, 8, 8) | 997 | 800 | 200 |
-    | mnist1d | (N, 1, 40) | 4,000 | 1,000 | 1,000 |
-    | mnist, fashion_mnist | (N, 1, 28, 28) | 60,000 | 10,000 | 5,000 |
-    | cifar10, cifar100 | (N, 3, 32, 32) | 50,000 | 10,000 | 5,000 |
+    - digits: x (N, 1, 8, 8); 997 images for training and validation (200 of them by default), 800 for the test.
+    - mnist1d: (N, 1, 40); 4,000 (1,000) and 1,000.
+    - mnist, fashion_mnist: (N, 1, 28, 28); 60,000 (5,000) and 10,000.
+    - cifar10, cifar100: (N, 3, 32, 32); 50,000 (5,000) and 10,000.
 
     Args:
         name: one of `NAMES`.

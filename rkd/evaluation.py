@@ -29,7 +29,7 @@ def ece(logits: Tensor, y: Tensor, bins: int = BINS) -> Tensor:
     """Expected calibration error of logits (..., n, M) against labels (M,): (...), in [0, 1].
 
     Samples are sorted into `bins` equal intervals ((b − 1)/bins, b/bins] of their confidence, the largest probability;
-    the error is the mean over the samples of |accuracy − mean confidence| of their bin.
+    the error is the mean over the samples of the absolute difference of accuracy and mean confidence in their bin.
 
     Source: C. Guo, G. Pleiss, Y. Sun & K. Weinberger, On Calibration of Modern Neural Networks, ICML 2017, eq. (3).
     """

@@ -60,6 +60,19 @@ FIELDS: dict[str, dict[str, Field]] = {
 """The keys of each section. Teacher and student also take the options of their model (`rkd.models.options_of`)."""
 
 
+_SOFT = ("temperature", "beta", "scale")
+_USED = {
+    "renyi": ("alpha", *_SOFT),
+    "kl": _SOFT,
+    "reverse_kl": _SOFT,
+    "js": ("mixture", *_SOFT),
+    "ttm": _SOFT,
+    "mse": ("beta", "scale"),
+    "hard": (),
+}
+"""What each loss makes use of; the rest is empty in the table, and two cells that differ in it alone are one."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """Students that are trained together: one setting of every section but the loss, C losses, K seeds."""
@@ -190,6 +203,9 @@ def _section(section: str, content: Any) -> Iterator[Settings]:
         for values in itertools.product(*axes):
             setting = dict(zip(fields, values, strict=True))
             _check_alone(section, setting)
+            if section == "loss":
+                used = ("loss", "learning_rate", *_USED[setting["loss"]])
+                setting = {key: value if key in used else None for key, value in setting.items()}
             if (key := _digest(setting)) not in seen:
                 seen.add(key)
                 yield setting
@@ -287,11 +303,12 @@ def _check_together(settings: Settings) -> None:
 
 
 def student_of(loss: Settings) -> Student:
-    """The loss section as `rkd.objectives.Student`; for "hard", β is 0."""
-    number = isinstance(loss["scale"], int | float) and not isinstance(loss["scale"], bool)
-    if not number and not isinstance(loss["scale"], str):
-        raise ValueError(f"scale must be 'T2', 'T2/alpha' or a positive number, got {loss['scale']!r}")
-    return Student(**(loss | {"beta": 0.0} if loss["loss"] == "hard" else loss))
+    """The loss section as `rkd.objectives.Student`."""
+    scale = loss["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, str | int | float | None):
+        raise ValueError(f"scale must be 'T2', 'T2/alpha' or a positive number, got {scale!r}")
+    used = {key: value for key, value in loss.items() if value is not None}
+    return Student(**(used | {"beta": 0.0} if loss["loss"] == "hard" else used))
 
 
 def schedule_of(section: Settings) -> Schedule:

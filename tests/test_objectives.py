@@ -58,7 +58,11 @@ def by_autograd(student, z, v, y):
 
 
 STUDENTS = [
-    *(Student(alpha=a, temperature=t, beta=0.7) for a in (0.0, 0.03, 0.5, 1.0, 2.0, 20.0, math.inf) for t in (1.0, 8.0)),
+    *(
+        Student(alpha=a, temperature=t, beta=0.7)
+        for a in (0.0, 0.03, 0.5, 1.0, 2.0, 20.0, math.inf)
+        for t in (1.0, 8.0)
+    ),
     *(Student(alpha=a, temperature=2.0, beta=1.0, scale="T2/alpha") for a in (0.0, 1e-6, 0.49, 0.5, 1.0, 5.0)),
     *(Student(alpha=a, temperature=2.0, scale=3.0) for a in (0.25, 1.0, 4.0)),
     *(Student(loss=loss, temperature=3.0, beta=0.4) for loss in ("kl", "reverse_kl", "js")),
