@@ -1,6 +1,6 @@
 """The command line: `rkd study run | status | report`, `rkd data fetch`. Also as `python -m rkd.cli`.
 
-Explained in the book: A.6, "Running a study".
+Explained in the book: A.5, "Running a study".
 """
 
 import csv

@@ -2,7 +2,7 @@
 
 On a CPU every core is a process with one thread, which is faster than threads for small networks and leaves each result
 independent of how many there are; on a GPU one process trains bundle after bundle.
-Explained in the book: A.6, "Running a study".
+Explained in the book: A.5, "Running a study".
 """
 
 import hashlib

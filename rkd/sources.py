@@ -162,7 +162,7 @@ def fetch(name: str) -> Path:
         name: a key of `SOURCES`.
 
     Returns:
-        The folder that now holds the files: `name` in the cache, which is RKD_CACHE_DIR or else the platform's.
+        The folder `name` in the cache, which now holds the files.
 
     Raises:
         ValueError: no such name.
@@ -213,7 +213,7 @@ def _source(name: str) -> Source:
 
 def cache_folder() -> Path:
     """Where fetched files and trained teachers are kept: RKD_CACHE_DIR, else the user's cache of this platform."""
-    return Path(os.environ.get("RKD_CACHE_DIR") or optional("pooch").os_cache("rkd"))
+    return Path(os.environ.get("RKD_CACHE_DIR") or optional("platformdirs").user_cache_path("rkd"))
 
 
 def _folders(source: Source) -> Iterator[tuple[Path, bool]]:

@@ -2,7 +2,7 @@
 
 A file has the sections data, teacher, transfer, student, loss and training, each a mapping or a list of mappings, and
 says how many seeds. Inside a mapping a list where one value is expected is an axis: the study runs every combination.
-Explained in the book: A.6, "Running a study".
+Explained in the book: A.5, "Running a study".
 """
 
 import dataclasses

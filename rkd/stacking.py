@@ -2,7 +2,7 @@
 
 Copies come in a grid, K seeds times C students: students of one seed start from one set of weights and see one batch,
 so their first layer is a single matrix product. Every parameter has the leading axes (K, C).
-Explained in the book: A.6, "Running a study".
+Explained in the book: A.5, "Running a study".
 """
 
 import copy

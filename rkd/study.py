@@ -3,7 +3,7 @@
 `runs.csv` is rewritten as a whole, atomically, each time a bundle is done; `provenance.json` says what ran where. A
 bundle is trained again from the start if it was interrupted, and bundles depend on the study's file only, so a study
 that was killed and continued gives the same table, bit for bit on one machine's CPU, apart from the column seconds.
-Explained in the book: A.6, "Running a study".
+Explained in the book: A.5, "Running a study".
 """
 
 import csv

@@ -3,7 +3,7 @@
 A bundle is C students, each with its own loss, under K seeds. No student's gradient sees another and the optimiser
 works entry by entry: a student's result is the one it would have alone. Students of one seed share initial weights and
 batch order, whatever their loss, which is what makes their differences paired.
-Explained in the book: section 2.2, "Experiments", and A.6, "Running a study".
+Explained in the book: section 2.2, "Experiments", and A.5, "Running a study".
 """
 
 import math

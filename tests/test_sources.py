@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-import pooch
+import platformdirs
 import pytest
 
 from rkd import sources
@@ -188,13 +188,13 @@ class TestFind:
 
     def test_platform_cache(self, monkeypatch):
         monkeypatch.delenv("RKD_CACHE_DIR")
-        monkeypatch.setattr(pooch, "os_cache", lambda project: Path("platform") / project)
+        monkeypatch.setattr(platformdirs, "user_cache_path", lambda project: Path("platform") / project)
         with pytest.raises(FileNotFoundError, match=os.path.join("platform", "rkd", "mnist")):
             find("mnist")
 
-    def test_pooch_is_missing(self, monkeypatch):
+    def test_a_package_is_missing(self, monkeypatch):
         monkeypatch.delenv("RKD_CACHE_DIR")
-        monkeypatch.setitem(sys.modules, "pooch", None)
+        monkeypatch.setitem(sys.modules, "platformdirs", None)
         with pytest.raises(ImportError, match=r"pip install 'rkd\[study\]'"):
             find("mnist")
 
