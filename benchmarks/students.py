@@ -2,8 +2,8 @@
 
 Peers, in one run and interleaved: the plain PyTorch loop that a reader would write, with `rkd.DistillationLoss`; the
 same with `F.kl_div`, the cheapest distillation there is; and the first one compiled, where there is a C++ compiler. The
-loops are measured on one student, since the next one costs the same. Inputs and teacher logits are random, of the shapes
-of digits, MNIST-1D and Fashion-MNIST: speed does not depend on what the images show, and nothing has to be downloaded.
+loops are measured on one student, since the next one costs the same. Inputs and teacher logits are random, of the
+shapes of digits, MNIST-1D and Fashion-MNIST: speed does not depend on what the images show.
 
     python benchmarks/students.py [--device cpu] [--out benchmarks/results]
 """
