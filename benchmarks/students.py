@@ -10,9 +10,7 @@ shapes of digits, MNIST-1D and Fashion-MNIST: speed does not depend on what the 
 
 import argparse
 import csv
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from rkd import DistillationLoss
 from rkd.data import Split
+from rkd.engine import hardware
 from rkd.models import build
 from rkd.objectives import Student
 from rkd.training import Schedule, train_students
@@ -130,7 +129,7 @@ def measure(case: str, device: str, repetitions: int) -> list[dict[str, object]]
             "compile_seconds": round(loops[method].compile_seconds, 1) if "compiled" in method else "",
             "repetitions": repetitions,
             "device": device,
-            "hardware": _hardware(device),
+            "hardware": hardware(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -141,16 +140,6 @@ def measure(case: str, device: str, repetitions: int) -> list[dict[str, object]]
 def _wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
-
-
-def _hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Model name"))
-    except (OSError, subprocess.CalledProcessError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

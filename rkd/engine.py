@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from datetime import UTC, datetime
 from multiprocessing import connection
 from pathlib import Path
@@ -209,11 +210,10 @@ def _cores() -> int:
 
 
 def _execution(device: str, workers: int) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
-        "hardware": name,
+        "hardware": hardware(device),
         "workers": workers,
         "rkd_sha256": _own_source(),
         "git": _git("rev-parse", "HEAD"),
@@ -223,6 +223,16 @@ def _execution(device: str, workers: int) -> dict[str, Any]:
         "students": 0,
         "wall_seconds": 0.0,
     }
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the processor's where the system tells it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with suppress(OSError, subprocess.CalledProcessError, StopIteration):
+        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Model name"))
+    return platform.processor() or platform.machine()
 
 
 def _record(out: Path, study: Study, execution: dict[str, Any]) -> None:

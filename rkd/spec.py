@@ -55,7 +55,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "mixture": Field(float, 0.5),
         "learning_rate": Field(float, None, none=True),
     },
-    "training": _SCHEDULE,
+    "training": {**_SCHEDULE, "steps": Field(int, None, none=True)},
 }
 """The keys of each section. Teacher and student also take the options of their model (`rkd.models.options_of`)."""
 
@@ -202,7 +202,9 @@ def _section(section: str, content: Any) -> Iterator[Settings]:
         axes = [_axis(f"{section}.{key}", mapping.get(key, field.default), field) for key, field in fields.items()]
         for values in itertools.product(*axes):
             setting = dict(zip(fields, values, strict=True))
-            _check_alone(section, setting)
+            _check_alone(section, setting, mapping)
+            if setting.get("steps") is not None:
+                setting["epochs"] = None
             if section == "loss":
                 used = ("loss", "learning_rate", *_USED[setting["loss"]])
                 setting = {key: value if key in used else None for key, value in setting.items()}
@@ -268,13 +270,16 @@ def _seeds(value: Any) -> list[int]:
     return list(value)
 
 
-def _check_alone(section: str, setting: Settings) -> None:
-    """Raises where the values of one section are impossible."""
+def _check_alone(section: str, setting: Settings, mapping: Settings) -> None:
+    """Raises where the values of one section, `mapping` in the file, are impossible."""
 
     def check(key: str, holds: bool, accepted: str) -> None:
         if not holds:
             raise ValueError(f"{section}.{key}: must be {accepted}, got {setting[key]!r}")
 
+    for key in ("size", "steps"):
+        if setting.get(key) is not None:
+            check(key, setting[key] >= 1, "at least 1")
     try:
         if section == "loss":
             student_of(setting)
@@ -288,8 +293,8 @@ def _check_alone(section: str, setting: Settings) -> None:
         check("label_noise", 0 <= setting["label_noise"] <= 1, "in [0, 1]")
     if "seed" in setting:
         check("seed", setting["seed"] >= 0, "at least 0")
-    if setting.get("size") is not None:
-        check("size", setting["size"] >= 1, "at least 1")
+    if setting.get("steps") is not None and "epochs" in mapping:
+        raise ValueError("training.steps: must not be given together with training.epochs")
     if section == "student":
         check("model", not setting.get("dropout"), "a network without dropout")
 
@@ -311,9 +316,12 @@ def student_of(loss: Settings) -> Student:
     return Student(**(used | {"beta": 0.0} if loss["loss"] == "hard" else used))
 
 
-def schedule_of(section: Settings) -> Schedule:
-    """The schedule in a teacher or training section."""
-    return Schedule(**{key: section[key] for key in _SCHEDULE})
+def schedule_of(section: Settings, samples: int = 1) -> Schedule:
+    """The schedule in a teacher or training section; where it says steps, the least epochs that have as many."""
+    values = {key: section[key] for key in _SCHEDULE}
+    if section.get("steps") is not None:
+        values["epochs"] = math.ceil(section["steps"] / math.ceil(samples / section["batch_size"]))
+    return Schedule(**values)
 
 
 def _digest(value: Any) -> str:

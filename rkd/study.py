@@ -70,7 +70,7 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
     start = time.perf_counter()
     settings = bundle.settings
     data, transfer, teacher = prepare(settings, precision, device)
-    schedule = schedule_of(settings["training"])
+    schedule = schedule_of(settings["training"], len(transfer.y))
     students = [student_of(loss) for loss in bundle.losses]
     gradient = Gradient(students, transfer.x)
     with torch.no_grad():
@@ -128,8 +128,9 @@ class Probe:
     """A few steps of a bundle, on its data and an idle teacher: how long it takes, and whether its settings fit."""
 
     def __init__(self, bundle: Bundle, precision: str, device: str) -> None:
-        settings, self._schedule = bundle.settings, schedule_of(bundle.settings["training"])
+        settings = bundle.settings
         self._data, self._transfer = _samples(settings, precision, device)
+        self._schedule = schedule_of(settings["training"], len(self._transfer.y))
         self._students, self._seeds = [student_of(loss) for loss in bundle.losses], bundle.seeds
         self._make = lambda seed: _network(settings["student"], self._data, seed, precision)
         _network(settings["teacher"], self._data, 0, precision)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkd.spec import SpecError, flatten, read_study, run_key, teacher_key
+from rkd.spec import SpecError, flatten, read_study, run_key, schedule_of, teacher_key
 
 SMALL = """
 seeds: 3
@@ -66,6 +66,20 @@ def test_what_a_loss_does_not_use_makes_no_runs(read):
     assert hard == dict.fromkeys(hard) | {"loss": "hard"}
 
 
+def test_steps_make_epochs(read):
+    study = read(SMALL.replace("training: {epochs: 2}", "training: {steps: 100, batch_size: 32}"))
+    training = study.bundles[0].settings["training"]
+    assert training["epochs"] is None
+    assert {n: schedule_of(training, n).epochs for n in (10, 64, 65, 3200, 3201, 9999)} == {
+        10: 100,
+        64: 50,
+        65: 34,
+        3200: 1,
+        3201: 1,
+        9999: 1,
+    }
+
+
 @given(seeds=st.integers(1, 9), most=st.integers(1, 40))
 def test_bundles_hold_every_run_once(tmp_path_factory, seeds, most):
     path = tmp_path_factory.mktemp("spec") / "s.yaml"
@@ -106,6 +120,8 @@ def test_keys_depend_on_settings_only(read):
         ("{loss: hard}", "{scale: true}", "loss.scale must be 'T2', 'T2/alpha' or a positive number, got True"),
         ("training: {epochs: 2}", "training: {epochs: 0}", "training.epochs must be at least 1, got 0"),
         ("training: {epochs: 2}", "training: {epochs: 2.5}", "training.epochs: must be an integer, got 2.5"),
+        ("training: {epochs: 2}", "training: {steps: 0}", "training.steps: must be at least 1, got 0"),
+        ("training: {epochs: 2}", "training: {epochs: 2, steps: 9}", "training.steps: must not be given together"),
         ("training: {epochs: 2}", "training: {optimizer: adam}", "training.optimizer must be one of adamw, sgd"),
         ("training: {epochs: 2}", "training: 3", "training: must be a mapping or a list of mappings, got 3"),
         ("training:", "transfer: {generated: true}\ntraining:", "transfer.generated: only mnist1d has a generator"),
