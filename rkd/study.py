@@ -105,6 +105,9 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
         measured |= {f"{name}_accuracy": accuracy(logits, part.y), f"{name}_nll": nll(logits, part.y)}
         if name == "test":
             measured |= {"test_ece": ece(logits, part.y), "test_agreement": agreement(logits, on_test)}
+            if hidden := settings["transfer"]["without"]:
+                unseen = torch.isin(part.y, part.y.new_tensor(hidden))
+                measured["test_accuracy_unseen"] = accuracy(logits[..., unseen], part.y[unseen])
     for term, norm in zip(("hard", "soft"), gradient_norms(stack, gradient, *few), strict=True):
         measured[f"{term}_gradient_last"] = norm
     table = {name: values.double().cpu().tolist() for name, values in measured.items()}

@@ -90,6 +90,18 @@ def test_rows_are_what_training_gives(spec, tmp_path):
     assert float(row["soft_gradient_last"]) > 0
 
 
+def test_classes_that_no_student_saw_have_an_accuracy_of_their_own(spec, tmp_path):
+    text = SPEC.replace("transfer: {size: [60, 120]}", "transfer: {without: [3, 5]}").replace("seeds: 4", "seeds: 1")
+    spec.write_text(text, encoding="utf-8")
+    study = read_study(spec)
+    run_study(study, tmp_path / "out", "cpu", workers=1, log=quiet)
+    rows = {row["loss.loss"]: row for row in read_rows(tmp_path / "out" / "runs.csv").values()}
+    assert float(rows["hard"]["test_accuracy_unseen"]) == 0
+    assert float(rows["mse"]["test_accuracy_unseen"]) > 0
+    unseen = float(torch.isin(load("digits").test.y, torch.tensor([3, 5])).double().mean())
+    assert float(rows["hard"]["test_accuracy"]) <= 1 - unseen
+
+
 def test_continued_after_kills_it_is_the_same_table(spec, tmp_path):
     """SIGKILL at random moments, among them while importing, estimating, training the teacher and writing."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
