@@ -121,27 +121,78 @@ def relative_errors(panels: dict[str, tuple[list[float], list[dict[str, float]]]
     axes[0].legend()
 
 
-def accuracy_by_order(orders: list[float], panels: dict[str, tuple[Any, dict[str, list[Any]]]]) -> list[list[float]]:
-    """One panel a situation: (interval of the baseline, {label: an interval for each order}). Returns the means drawn.
+def against_order(
+    orders: list[float],
+    panels: dict[str, tuple[Any, dict[str, list[Any]]]],
+    ylabel: str = "test accuracy in %",
+    xlabel: str = "order α",
+    baseline: str = "hard labels",
+) -> list[list[float]]:
+    """One panel a situation: (interval of the baseline or None, {label: an interval for each order}).
 
-    Intervals have `mean`, `low` and `high`, in per cent. Orders are spaced evenly, since 0 has no logarithm.
+    Intervals have `mean`, `low` and `high`. Orders, or what else `xlabel` says, are spaced evenly, since 0 has no
+    logarithm. Returns the means drawn.
     """
-    _, axes = plt.subplots(1, len(panels), figsize=(8.4, 3.2))
+    _, axes = plt.subplots(1, len(panels), figsize=(8.4, 3.2), squeeze=False)
     drawn = []
-    for axis, (title, (baseline, lines)) in zip(axes, panels.items(), strict=True):
-        axis.axhspan(baseline.low, baseline.high, color=BLACK, alpha=0.12, linewidth=0)
-        axis.axhline(baseline.mean, color=BLACK, linewidth=1, linestyle=":", label="hard labels")
+    for axis, (title, (flat, lines)) in zip(axes[0], panels.items(), strict=True):
+        if flat is not None:
+            axis.axhspan(flat.low, flat.high, color=BLACK, alpha=0.12, linewidth=0)
+            axis.axhline(flat.mean, color=BLACK, linewidth=1, linestyle=":", label=baseline)
         for shift, (label, intervals) in enumerate(lines.items()):
             x = np.arange(len(orders)) + 0.12 * (shift - (len(lines) - 1) / 2)
             means = [interval.mean for interval in intervals]
             reach = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
-            axis.errorbar(x, means, reach, marker="os^"[shift], markersize=4, capsize=3, label=label)
+            axis.errorbar(x, means, reach, marker="os^Dv"[shift], markersize=4, capsize=3, label=label)
             drawn.append(means)
-        axis.set_xticks(range(len(orders)), [f"{order:g}" for order in orders])
-        axis.set_xlabel("order α")
+        axis.set_xticks(range(len(orders)), [f"{x:g}" if isinstance(x, int | float) else x for x in orders])
+        axis.set_xlabel(xlabel)
         axis.set_title(title, fontsize=10)
-    axes[0].set_ylabel("test accuracy in %")
-    axes[0].legend()
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, 0].legend()
+    return drawn
+
+
+def order_maps(panels: dict[str, tuple[Array, Array]], orders: list[float], temperatures: list[float]) -> list[Array]:
+    """One map a panel: (differences, which of them are certain), rows are orders and columns temperatures.
+
+    Purple is above 0, orange below, on one scale for all panels; certain ones are printed bold. Returns what is drawn.
+    """
+    _, axes = plt.subplots(1, len(panels), figsize=(8.4, 3.4), sharey=True, squeeze=False)
+    limit = max(float(np.abs(values).max()) for values, _ in panels.values())
+    for axis, (title, (values, certain)) in zip(axes[0], panels.items(), strict=True):
+        axis.imshow(values, cmap="PuOr", vmin=-1.8 * limit, vmax=1.8 * limit, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            weight = "bold" if certain[row, column] else "normal"
+            text = f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8.5, weight=weight, color=BLACK)
+        axis.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+        axis.set_yticks(range(len(orders)), [f"{order:g}" for order in orders])
+        axis.grid(visible=False)
+        axis.set_xlabel("temperature T")
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].set_ylabel("order α")
+    return [axis.images[0].get_array().data for axis in axes[0]]
+
+
+def differences(panels: dict[str, dict[str, Any]], xlabel: str) -> list[float]:
+    """One panel a situation, one horizontal interval a label; those that exclude 0 are filled. Returns the means."""
+    height = 1.2 + 0.28 * max(map(len, panels.values()))
+    _, axes = plt.subplots(1, len(panels), figsize=(8.4, height), squeeze=False, sharey=True)
+    drawn = []
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for y, (interval, color) in enumerate(
+            (i, BLUE if i.low > 0 else RED if i.high < 0 else BLACK) for i in rows.values()
+        ):
+            axis.plot([interval.low, interval.high], [y, y], color=color, linewidth=1.6)
+            certain = interval.low > 0 or interval.high < 0
+            axis.plot(interval.mean, y, "o", color=color, markerfacecolor=color if certain else "white", markersize=5)
+            drawn.append(interval.mean)
+        axis.axvline(0, color=BLACK, linewidth=0.8)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(xlabel)
     return drawn
 
 
