@@ -3,19 +3,24 @@
 Peers, in one run and interleaved: the plain PyTorch loop that a reader would write, with `rkd.DistillationLoss`; the
 same with `F.kl_div`, the cheapest distillation there is; and the first one compiled, where there is a C++ compiler. The
 loops are measured on one student, since the next one costs the same. Inputs and teacher logits are random, of the
-shapes of digits, MNIST-1D and Fashion-MNIST: speed does not depend on what the images show.
+shapes of digits, MNIST-1D and Fashion-MNIST: speed does not depend on what the images show. Peak memory is measured
+apart, each method in a process of its own.
 
-    python benchmarks/students.py [--device cpu] [--out benchmarks/results]
+    python benchmarks/students.py [--device cpu] [--out benchmarks/results] [--only memory]
 """
 
 import argparse
 import csv
+import multiprocessing
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +39,20 @@ CASES = {
     "MNIST-1D, CNN of width 8": ((1, 40), {"model": "cnn1d", "width": 8}, (1, 12, 84)),
     "Fashion-MNIST, MLP 784-64-10": ((1, 28, 28), {"model": "mlp", "hidden": [64]}, (1, 12, 84)),
 }
+
+
+def workload(case: str, device: str, **options: Any) -> tuple[Callable[[int], nn.Module], Split, Tensor]:
+    """The network of a case by seed, with other options where given; random data; random teacher logits."""
+    shape, own, _ = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, *shape, generator=generator).to(device)
+    train = Split(x, torch.randint(10, (SAMPLES,), generator=generator).to(device))
+    teacher = 3 * torch.randn(SAMPLES, 10, generator=generator).to(device)
+    return partial(_build, shape, own | options), train, teacher
+
+
+def _build(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> nn.Module:
+    return build(shape=shape, classes=10, seed=seed, **options)
 
 
 def bundle_seconds(
@@ -95,14 +114,9 @@ class Loop:
 
 def measure(case: str, device: str, repetitions: int) -> list[dict[str, object]]:
     """Rows of one case: medians over interleaved repetitions, after one that warms up."""
-    shape, options, sizes = CASES[case]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, *shape, generator=generator).to(device)
-    train = Split(x, torch.randint(10, (SAMPLES,), generator=generator).to(device))
-    teacher = 3 * torch.randn(SAMPLES, 10, generator=generator).to(device)
-    make = lambda seed: build(shape=shape, classes=10, seed=seed, **options)  # noqa: E731
+    make, train, teacher = workload(case, device)
     methods: dict[tuple[str, int], Callable[[], float]] = {
-        ("bundle", n): partial(bundle_seconds, make, n, train, teacher, 1 if n > 100 else 3) for n in sizes
+        ("bundle", n): partial(bundle_seconds, make, n, train, teacher, 1 if n > 100 else 3) for n in CASES[case][2]
     }
     loops = {"loop": Loop(make, train, teacher, False, False), "loop, KL": Loop(make, train, teacher, True, False)}
     try:
@@ -128,13 +142,65 @@ def measure(case: str, device: str, repetitions: int) -> list[dict[str, object]]
             "faster_than_loop": round(median["loop", 1] / seconds, 2),
             "compile_seconds": round(loops[method].compile_seconds, 1) if "compiled" in method else "",
             "repetitions": repetitions,
-            "device": device,
-            "hardware": hardware(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **_where(device),
         }
         for (method, students), seconds in median.items()
     ]
+
+
+def measure_memory(case: str, device: str) -> list[dict[str, object]]:
+    """Rows of one case: what one epoch adds at its peak, each method in a fresh process."""
+    methods = [*(("bundle", n) for n in CASES[case][2]), ("loop", 1), ("loop, KL", 1)]
+    rows: list[dict[str, object]] = []
+    for method, students in methods:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            added = pool.submit(_added_mebibytes, case, method, students, device).result()
+        rows.append(
+            {"case": case, "method": method, "students": students, "peak_mebibytes": round(added, 1), **_where(device)}
+        )
+    return rows
+
+
+def _where(device: str) -> dict[str, object]:
+    return {
+        "device": device,
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _added_mebibytes(case: str, method: str, students: int, device: str) -> float:
+    """What was there before does not count: libraries, data, what one epoch of the narrowest network leaves."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    narrow = {"width": 1} if "width" in CASES[case][1] else {"hidden": [1]}
+    _epoch(method, 1, *workload(case, device, **narrow))
+    load = workload(case, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _epoch(method, students, *load)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    _RESET.write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    _epoch(method, students, *load)
+    return _status("VmHWM") - before
+
+
+def _epoch(method: str, students: int, make: Callable[[int], nn.Module], train: Split, teacher: Tensor) -> None:
+    if method == "bundle":
+        bundle_seconds(make, students, train, teacher, 1)
+    else:
+        Loop(make, train, teacher, "KL" in method, False).seconds(1)
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _status(key: str) -> float:
+    """VmRSS, the resident memory of this process, or VmHWM, its peak since the last reset: in MiB."""
+    return int(re.search(rf"{key}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))[1]) / 2**10
 
 
 def _wait(x: Tensor) -> None:
@@ -142,21 +208,31 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
 def main() -> None:
-    """Write students-DEVICE.csv."""
+    """Write students-DEVICE.csv and students-memory-DEVICE.csv, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--only", choices=["speed", "memory"])
     arguments = parser.parse_args()
-    if arguments.device == "cpu":
+    device = arguments.device
+    if device == "cpu":
         torch.set_num_threads(1)
-    rows = [row for case in CASES for row in measure(case, arguments.device, arguments.repetitions)]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / f"students-{arguments.device}.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    if arguments.only != "memory":
+        rows = [row for case in CASES for row in measure(case, device, arguments.repetitions)]
+        _write(arguments.out / f"students-{device}.csv", rows)
+    if arguments.only != "speed":
+        rows = [row for case in CASES for row in measure_memory(case, device)]
+        _write(arguments.out / f"students-memory-{device}.csv", rows)
 
 
 if __name__ == "__main__":

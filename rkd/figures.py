@@ -264,3 +264,21 @@ def gradient_lengths(gaps: Array, curves: dict[str, list[float]]) -> None:
     axis.set_ylabel("length of the gradient over $c$")
     axis.set_ylim(1e-4, 1e2)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def speed_of_bundles(bundles: dict[str, dict[int, float]], loops: dict[str, float]) -> list[list[float]]:
+    """Log-log lines of µs a student and step against students in a bundle, the loops' level and broken. Returns µs."""
+    _, axis = plt.subplots(figsize=(7.0, 3.9))
+    for (network, row), marker in zip(bundles.items(), "os^", strict=True):
+        (line,) = axis.loglog(list(row), list(row.values()), marker=marker, markersize=5, label=network)
+        level = axis.axhline(loops[network], color=line.get_color(), linewidth=1.2, linestyle="--")
+        level.set(marker=marker, markersize=5, markerfacecolor="white", markevery=[1], clip_on=False)
+    axis.plot([], [], color=BLACK, linewidth=1.2, linestyle="--", label="plain loop, same mark")
+    sizes = sorted({size for row in bundles.values() for size in row})
+    axis.set_xticks(sizes, [f"{size:d}" for size in sizes])
+    axis.set_yticks([10, 30, 100, 300, 1000, 3000], ["10", "30", "100", "300", "1,000", "3,000"])
+    axis.minorticks_off()
+    axis.set_xlabel("students in the bundle")
+    axis.set_ylabel("µs a student and step")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return [np.asarray(line.get_ydata()).tolist() for line in axis.lines[:-1:2]]

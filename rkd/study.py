@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from rkd.data import DataSet, Split, generated, load, subset, with_label_noise, without
 from rkd.evaluation import accuracy, agreement, ece, nll
+from rkd.fields import Settings, schedule_of, student_of
 from rkd.models import build
 from rkd.objectives import Gradient
 from rkd.sources import cache_folder, optional
-from rkd.spec import Bundle, Settings, Study, flatten, run_key, schedule_of, student_of, teacher_key
+from rkd.spec import Bundle, Study, flatten, run_key, teacher_key
 from rkd.stacking import Stack
 from rkd.training import gradient_norms, train_students, train_teacher
 

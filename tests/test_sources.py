@@ -1,4 +1,4 @@
-"""`rkd.sources`: official formats made small, every kind of damage, and downloads from a server that misbehaves."""
+"""`rkd.formats`: official files made small, every kind of damage. `rkd.sources`: a server that misbehaves."""
 
 import dataclasses
 import gzip

@@ -1,4 +1,4 @@
-"""`rkd.spec`: what a study's file may say, the runs it asks for, and messages that name the file and the key."""
+"""`rkd.fields`: what a study's file may say, and messages that name the key. `rkd.spec`: the runs it asks for."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkd.spec import SpecError, flatten, read_study, run_key, schedule_of, teacher_key
+from rkd.fields import schedule_of
+from rkd.spec import SpecError, flatten, read_study, run_key, teacher_key
 
 SMALL = """
 seeds: 3
