@@ -58,7 +58,8 @@ def read(name: str, results: str | Path = "../results") -> Record:
     if not (folder / "runs.csv").exists():
         raise FileNotFoundError(f"{folder} holds no runs.csv; make it with: rkd study run book/studies/{name}.yaml")
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    runs = pd.read_csv(folder / "runs.csv", index_col="key", dtype={"key": str, "teacher.without": str, "transfer.without": str})
+    text = dict.fromkeys(("key", "teacher.without", "transfer.without"), str)
+    runs = pd.read_csv(folder / "runs.csv", index_col="key", dtype=text)
     good = runs[runs["status"] == "ok"]
     good = good.rename(columns=lambda c: c.removeprefix("loss.") if c != "loss.loss" else "loss")
     return Record(name, provenance["spec"], good, len(runs) - len(good), provenance["executions"])
@@ -90,7 +91,7 @@ def tuned(
 def by_seed(runs: pd.DataFrame, cell: str | Sequence[str], metric: str) -> pd.DataFrame:
     """A metric as a table: one row a seed, one column a cell. Numbers in one row are a pair.
 
-    Accuracies, calibration errors and agreements come in per cent, likelihoods in nats.
+    Accuracies, calibration errors and agreements come in per cent, the rest as recorded: likelihoods in nats.
 
     Args:
         cell: column or columns that name the cell; all others must be the same within it.
@@ -105,7 +106,8 @@ def by_seed(runs: pd.DataFrame, cell: str | Sequence[str], metric: str) -> pd.Da
     table = index.unstack(columns if len(columns) > 1 else columns[0])
     if table.isna().any().any():
         raise ValueError(f"cell must have every seed, but {list(table.columns[table.isna().any()])[:3]} lack some")
-    return table if metric.endswith("nll") or "gradient" in metric else 100 * table
+    part = metric.endswith(("accuracy", "accuracy_unseen", "ece", "agreement"))
+    return 100 * table if part else table
 
 
 def _duration(seconds: float) -> str:

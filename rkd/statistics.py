@@ -24,6 +24,22 @@ class Interval(NamedTuple):
     high: float
     p: float
 
+    @property
+    def certain(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+    def __format__(self, spec: str) -> str:
+        """Mean and ends, each in the format `spec` of a number: ``f"{interval:+.1f}"`` is "+1.2 [−0.3, +2.7]"."""
+        mean, low, high = (number_text(x, spec) for x in (self.mean, self.low, self.high))
+        return f"{mean} [{low},\N{NO-BREAK SPACE}{high}]" if spec else str(self)
+
+
+def number_text(x: float, spec: str) -> str:
+    """x in a format such as "+.1f", with a true minus sign, and without one where all digits shown are 0."""
+    text = format(x, spec)
+    return text.replace("-", "+" if "+" in spec else "") if float(text) == 0 else text.replace("-", "−")
+
 
 def mean_interval(values: Values, comparisons: int = 1, confidence: float = 0.95) -> Interval:
     """Student's t interval for the mean of independent values.

@@ -12,7 +12,15 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
-from rkd.statistics import bootstrap_interval, equivalence, holm, mean_interval, paired_difference, seeds_needed
+from rkd.statistics import (
+    Interval,
+    bootstrap_interval,
+    equivalence,
+    holm,
+    mean_interval,
+    paired_difference,
+    seeds_needed,
+)
 
 DRAWS = {"normal": lambda r, n: r.standard_normal(n), "skewed": lambda r, n: r.standard_exponential(n) - 1}
 COVERAGE = {  # of Student's interval, and of the bootstrap's
@@ -27,6 +35,17 @@ COVERAGE = {  # of Student's interval, and of the bootstrap's
 
 def three_errors(rate, repetitions):
     return 3 * math.sqrt(rate * (1 - rate) / repetitions)
+
+
+def test_intervals_are_written_with_true_minus_signs():
+    interval = Interval(1.24, -0.26, 2.7, 0.1)
+    assert f"{interval:+.1f}" == "+1.2 [−0.3,\N{NO-BREAK SPACE}+2.7]"
+    assert f"{interval:.0f}" == "1 [0,\N{NO-BREAK SPACE}3]"
+    assert f"{Interval(-0.001, -0.5, 0.5, 1.0):+.2f}".startswith("+0.00 [−0.50")
+    assert str(interval) == f"{interval}" == "Interval(mean=1.24, low=-0.26, high=2.7, p=0.1)"
+    assert not interval.certain
+    assert Interval(1, 0.1, 2, 0.01).certain
+    assert Interval(-1, -2, -0.1, 0.01).certain
 
 
 class TestIntervals:
