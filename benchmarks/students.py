@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from rkd import DistillationLoss
 from rkd.data import Split
-from rkd.engine import hardware
 from rkd.models import build
 from rkd.objectives import Student
+from rkd.provenance import hardware
 from rkd.training import Schedule, train_students
 
 BATCH, SAMPLES, SEEDS = 128, 1280, 12

@@ -33,11 +33,13 @@ def run(
     file: StudyFile,
     out: Out = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, help="processes on a CPU; one a core if not given")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="bundles at once; one a core or GPU if not given")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster")] = "local",
+    address: Annotated[str | None, typer.Option(help="of the Ray cluster; found or started if not given")] = None,
 ) -> None:
     """Train all students that have no row in runs.csv yet; stop and run again as you like."""
     study = read_study(file)
-    run_study(study, out or _folder(file, study.name), device, workers)
+    run_study(study, out or _folder(file, study.name), device, workers, engine=engine, address=address)
 
 
 @studies.command()

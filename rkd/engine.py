@@ -1,73 +1,87 @@
-"""Run a study's bundles on this machine: plan, progress, provenance, and one writer of the table.
+"""Run a study's bundles, on this machine or a cluster: plan, progress, provenance, and one writer of the table.
 
 On a CPU every core is a process with one thread, which is faster than threads for small networks and leaves each result
-independent of how many there are; on a GPU one process trains bundle after bundle.
+independent of how many there are; on a GPU one process trains bundle after bundle. Where bundles run is a pool's
+business, `LocalPool` or `rkd.cluster.RayPool`; what is written is written here.
 Explained in the book: A.5, "Running a study".
 """
 
-import hashlib
-import json
 import multiprocessing
 import os
-import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
-from datetime import UTC, datetime
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rkd.sources import optional
+from rkd.cluster import LostError, RayPool, keep
+from rkd.fields import Settings
+from rkd.provenance import execution, hardware, record
+from rkd.sources import cache_folder, optional
 from rkd.spec import Bundle, Study, run_key, teacher_key
-from rkd.study import Probe, Row, missing, prepare, read_rows, run_bundle, write_rows, write_whole
+from rkd.study import Probe, Row, missing, prepare, read_rows, run_bundle, teacher_file, write_rows
 
 Log = Callable[[str], None]
+ENGINES = ("local", "ray")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class StudyError(RuntimeError):
     """A study cannot run in this folder now; says why."""
 
 
-def run_study(study: Study, out: Path, device: str = "auto", workers: int | None = None, log: Log = print) -> None:
+def run_study(
+    study: Study,
+    out: Path,
+    device: str = "auto",
+    workers: int | None = None,
+    log: Log = print,
+    engine: str = "local",
+    address: str | None = None,
+) -> None:
     """Train what has no row in `out`/runs.csv yet.
 
     Args:
         study: from `rkd.spec.read_study`.
         out: folder of runs.csv and provenance.json; made if needed.
         device: "auto" is a GPU where there is one; or "cpu", "cuda".
-        workers: processes on a CPU; as many as it has cores if None.
+        workers: bundles at once on CPUs or on a cluster; as many as there are cores, or room in the cluster, if None.
         log: takes a line of text.
+        engine: "local" is this machine, "ray" a Ray cluster.
+        address: of the cluster, as `rkd.cluster.RayPool` takes it.
 
     Raises:
-        StudyError: another process is running a study in this folder, or its table holds runs that this study does not
-            ask for.
+        StudyError: another process is running a study in this folder; its table holds runs that this study does not
+            ask for; the device or the cluster is not there; or worker processes ended before their bundles, after all
+            others were recorded.
+        ImportError: Ray is asked for and is not installed.
     """
     filelock = optional("filelock")
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / ".lock", timeout=0):
-            where = choose_device(device)
-            _run(study, out, where, 1 if where == "cuda" else workers or _cores(), log)
+            order, rows = _recorded(study, out / "runs.csv")
+            log(describe(study, rows))
+            if rest := missing(study, rows):
+                with _pool(engine, device, workers, address) as pool:
+                    _train(study, rest, out, order, rows, pool, execution(engine, pool.device, pool.workers), log)
     except filelock.Timeout as error:
         raise StudyError(f"another process is running a study in {out}; wait for it, or give another folder") from error
+    except LostError as error:
+        kept = len(read_rows(out / "runs.csv"))
+        raise StudyError(f"{error}; {kept:,} finished runs are kept: run the study again to go on") from error
 
 
 def choose_device(device: str) -> str:
     """ "cpu" or "cuda".
 
     Raises:
-        StudyError: "cuda" where there is none, or another name.
+        StudyError: "cuda" where there is none.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise StudyError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise StudyError("device cuda was asked for, but PyTorch finds no GPU; use --device cpu")
     return "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
@@ -84,44 +98,59 @@ def describe(study: Study, done: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _run(study: Study, out: Path, device: str, workers: int, log: Log) -> None:
-    table = out / "runs.csv"
-    done = read_rows(table)
+def _recorded(study: Study, table: Path) -> tuple[list[str], dict[str, Row]]:
+    """The keys of all runs in order, and the rows that there are."""
     order = [run_key(run, study.precision) for bundle in study.bundles for _, _, run in bundle.runs()]
-    if foreign := len(done.keys() - set(order)):
+    rows = read_rows(table)
+    if foreign := len(rows.keys() - set(order)):
         raise StudyError(
             f"{table} holds {foreign} runs that this study does not ask for; "
             "give another folder with --out, or move the table away: nothing was changed"
         )
-    rest = missing(study, done)
-    log(describe(study, done))
-    if not rest:
-        return
-    seconds = max(1, round(_estimate(study, rest, device) / workers))
-    log(f"about {seconds:,} s on {workers} × {device}, after the teachers")
+    return order, dict(rows)
+
+
+def _train(
+    study: Study,
+    rest: Sequence[Bundle],
+    out: Path,
+    order: Sequence[str],
+    rows: dict[str, Row],
+    pool: "LocalPool | RayPool",
+    entry: dict[str, Any],
+    log: Log,
+) -> None:
+    """The bundles of `rest`: each adds its runs to `rows`, and the table is written anew, in the order of the keys."""
+    table, device, precision = out / "runs.csv", pool.device, study.precision
+    ((_, seconds),) = pool.map(_estimate, [(rest, precision, study.curves, device)])
+    log(f"about {max(1, round(seconds / pool.workers)):,} s on {pool.workers} × {device}, after the teachers")
     start = time.perf_counter()
-    execution = _execution(device, workers)
-    rows: dict[str, Row] = dict(done)
-    with _Pool(device, workers) as pool:
-        teachers = {teacher_key(bundle.settings, study.precision): bundle for bundle in rest}
-        for text in pool.map(_train_teacher, [(b.settings, study.precision, device) for b in teachers.values()]):
-            log(text)
-        with _progress(sum(map(len, rest))) as bar:
-            for new, notes in pool.map(_train_bundle, [(b, study.precision, study.curves, device) for b in rest]):
-                for note in notes:
-                    log(note)
-                rows |= {row["key"]: row for row in new}
-                write_rows(table, [rows[key] for key in order if key in rows])
-                execution |= {
-                    "students": execution["students"] + len(new),
-                    "wall_seconds": round(time.perf_counter() - start, 3),
-                }
-                _record(out, study, execution)
-                bar.update(len(new))
-    log(f"{len(rows):,} runs in {table}, {execution['wall_seconds']:.1f} s")
+    files = [teacher_file(bundle.settings, precision) for bundle in rest]
+    teachers = {file: (bundle.settings, precision, device) for file, bundle in zip(files, rest, strict=True)}
+    for _, (text, file, content) in pool.map(_train_teacher, list(teachers.values()), list(teachers)):
+        keep(file, content)
+        log(text)
+    nodes: dict[str, dict[str, Any]] = {}
+    with _progress(sum(map(len, rest))) as bar:
+        tasks = [(bundle, precision, study.curves, device) for bundle in rest]
+        for node, (new, notes, machine) in pool.map(_train_bundle, tasks, files):
+            for note in notes:
+                log(note)
+            rows |= {row["key"]: row for row in new}
+            write_rows(table, [rows[key] for key in order if key in rows])
+            nodes.setdefault(node, {"hardware": machine, "bundles": 0})["bundles"] += 1
+            entry |= {
+                "hardware": ", ".join(sorted({n["hardware"] for n in nodes.values()})),
+                "nodes": list(nodes.values()),
+                "students": entry["students"] + len(new),
+                "wall_seconds": round(time.perf_counter() - start, 3),
+            }
+            record(out, study, entry)
+            bar.update(len(new))
+    log(f"{len(rows):,} runs in {table}, {entry['wall_seconds']:.1f} s")
 
 
-def _estimate(study: Study, rest: Sequence[Bundle], device: str) -> float:
+def _estimate(rest: Sequence[Bundle], precision: str, curves: bool, device: str) -> float:
     """Seconds of one worker for these bundles, from a few steps of the first of each kind; looks at all settings."""
     total, cost = 0.0, {}
     for bundle in rest:
@@ -131,54 +160,89 @@ def _estimate(study: Study, rest: Sequence[Bundle], device: str) -> float:
             repr(bundle.settings["student"]),
             repr(bundle.settings["training"]),
         )
-        probe = Probe(bundle, study.precision, device)
+        probe = Probe(bundle, precision, device)
         if kind not in cost:
-            cost[kind] = (probe.step_seconds(), probe.test_seconds() if study.curves else 0.0)
+            cost[kind] = (probe.step_seconds(), probe.test_seconds() if curves else 0.0)
         step, test = cost[kind]
         total += probe.steps * step + probe.epochs * test
     return total
 
 
-def _train_teacher(task: tuple[Any, ...]) -> str:
-    settings, precision, device = task
+def _train_teacher(settings: Settings, precision: str, device: str) -> tuple[str, Path, bytes]:
+    """A line about the teacher, its file, and what that holds."""
     data, _, teacher = prepare(settings, precision, device)
     teacher.eval()
     with torch.no_grad():
         guesses = torch.cat([teacher(part).argmax(-1) for part in data.test.x.split(1000)])
     right = float((guesses == data.test.y).double().mean())
-    return (
-        f"teacher {settings['teacher']['model']}, seed {settings['teacher']['seed']}: {right:.2%} of {data.name} test"
-    )
+    wanted, file = settings["teacher"], teacher_file(settings, precision)
+    text = f"teacher {wanted['model']}, seed {wanted['seed']}: {right:.2%} of {data.name} test"
+    return text, file, (cache_folder() / file).read_bytes()
 
 
-def _train_bundle(task: tuple[Bundle, str, bool, str]) -> tuple[list[Row], list[str]]:
+def _train_bundle(bundle: Bundle, precision: str, curves: bool, device: str) -> tuple[list[Row], list[str], str]:
+    """Rows, notes, and the hardware that they come from."""
     notes: list[str] = []
-    return run_bundle(*task, notes.append), notes
+    return run_bundle(bundle, precision, curves, device, notes.append), notes, hardware(device)
 
 
-class _Pool:
-    """Worker processes that end with their parent, however it ends; none for a GPU or a single worker."""
+def _pool(engine: str, device: str, workers: int | None, address: str | None) -> "LocalPool | RayPool":
+    for name, value, accepted in (("engine", engine, ENGINES), ("device", device, DEVICES)):
+        if value not in accepted:
+            raise StudyError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+    if engine == "local":
+        if address is not None:
+            raise StudyError(f"address {address!r} was given, which is for engine ray")
+        return LocalPool(device, workers)
+    try:
+        return RayPool(device, workers, address)
+    except ConnectionError as error:
+        raise StudyError(str(error)) from error
 
-    def __init__(self, device: str, workers: int) -> None:
+
+class LocalPool:
+    """Worker processes that end with their parent, however it ends; none for a GPU or a single worker.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        workers: how many tasks run at once.
+    """
+
+    def __init__(self, device: str, workers: int | None) -> None:
+        self.device = choose_device(device)
+        self.workers = 1 if self.device == "cuda" else workers or _cores()
         self._executor = None
-        if device == "cpu" and workers > 1:
+        if self.workers > 1:
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+            self._executor = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
 
-    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-        """Results in the order in which they come."""
+    def map(
+        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[Path] = ()
+    ) -> Iterator[tuple[str, Any]]:
+        """As `rkd.cluster.RayPool.map`, without retries; the node is "", and files are where the tasks find them.
+
+        Raises:
+            LostError: a worker process ended.
+        """
         if self._executor is None:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                yield from map(function, tasks)
+                yield from (("", function(*task)) for task in tasks)
             finally:
                 torch.set_num_threads(threads)
             return
-        for future in as_completed([self._executor.submit(function, task) for task in tasks]):
-            yield future.result()
+        futures = [self._executor.submit(function, *task) for task in tasks]
+        for count, future in enumerate(as_completed(futures)):
+            try:
+                result = future.result()
+            except BrokenExecutor as error:
+                raise LostError(
+                    f"a worker process ended with {len(tasks) - count} of {len(tasks)} tasks left"
+                ) from error
+            yield "", result
 
-    def __enter__(self) -> "_Pool":
+    def __enter__(self) -> "LocalPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -204,62 +268,3 @@ def _progress(total: int) -> Any:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# --------------------------------------------------------------------------- provenance
-
-
-def _execution(device: str, workers: int) -> dict[str, Any]:
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "hardware": hardware(device),
-        "workers": workers,
-        "rkd_sha256": _own_source(),
-        "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "command": Path(sys.argv[0]).name,
-        "students": 0,
-        "wall_seconds": 0.0,
-    }
-
-
-def hardware(device: str) -> str:
-    """The GPU's name, or the processor's where the system tells it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    with suppress(OSError, subprocess.CalledProcessError, StopIteration):
-        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Model name"))
-    return platform.processor() or platform.machine()
-
-
-def _record(out: Path, study: Study, execution: dict[str, Any]) -> None:
-    """One entry an execution: the last one is replaced while it lasts."""
-    path = out / "provenance.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"executions": []}
-    executions = [e for e in content["executions"] if e["started"] != execution["started"]]
-    content = {
-        "study": study.name,
-        "spec_sha256": study.digest,
-        "spec": study.source,
-        "executions": [*executions, execution],
-    }
-    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _own_source() -> str:
-    """SHA-256 of the package's files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -165,8 +165,8 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def optional(module: str) -> Any:
-    """Import a module that only experiments need.
+def optional(module: str, extra: str = "study") -> Any:
+    """Import a module of one of the package's extras.
 
     Raises:
         ImportError: it is not installed; says how to.
@@ -174,7 +174,7 @@ def optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} cannot be imported ({error}): pip install 'rkd[study]'") from error
+        raise ImportError(f"{module} cannot be imported ({error}): pip install 'rkd[{extra}]'") from error
 
 
 def _source(name: str) -> Source:

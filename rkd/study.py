@@ -50,6 +50,11 @@ def prepare(settings: Settings, precision: str, device: str) -> tuple[DataSet, S
     return data, transfer, _teacher(settings, data, precision, device)
 
 
+def teacher_file(settings: Settings, precision: str) -> Path:
+    """Where a teacher's weights are kept, in the cache folder."""
+    return Path("teachers") / f"{teacher_key(settings, precision)}.safetensors"
+
+
 def run_bundle(bundle: Bundle, precision: str, curves: bool, device: str, log: Callable[[str], None]) -> list[Row]:
     """Train a bundle and measure each student: one row a run. Where memory runs out, in halves.
 
@@ -180,7 +185,7 @@ def _teacher(settings: Settings, data: DataSet, precision: str, device: str) -> 
     safetensors = optional("safetensors.torch")
     wanted = settings["teacher"]
     teacher = _network(wanted, data, wanted["seed"], precision).to(device)
-    path = cache_folder() / "teachers" / f"{teacher_key(settings, precision)}.safetensors"
+    path = cache_folder() / teacher_file(settings, precision)
     with suppress(FileNotFoundError, optional("safetensors").SafetensorError):  # no such file, or a damaged one
         teacher.load_state_dict(safetensors.load_file(path, device=device))
         return teacher.eval()
