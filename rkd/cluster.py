@@ -37,7 +37,7 @@ class RayPool:
 
         Args:
             device: "auto" is the cluster's GPUs if it has any; or "cpu", "cuda".
-            workers: most tasks at once; as many as the cluster has room for if None.
+            workers: most tasks at once; as many as the cluster has room for now if None.
             address: of the cluster's head, such as 10.0.0.1:6379. If None, what RAY_ADDRESS says, or the cluster that
                 this machine belongs to, or a new one on this machine that ends with the pool.
 
@@ -54,14 +54,17 @@ class RayPool:
         self._kind = "GPU" if self.device == "cuda" else "CPU"
         room = int(resources.get(self._kind, 0))
         self.workers = min(room, workers or room)
-        self._most = workers
         self._running: dict[Any, int] = {}
         if not room:
             self._leave()
             raise ConnectionError(f"the Ray cluster has no {self._kind}")
 
     def map(
-        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[Path] = ()
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        files: Sequence[Path] = (),
+        more: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[str, Any]]:
         """`function(*task)` for each task, again up to three times where its process or its node is lost.
 
@@ -73,6 +76,7 @@ class RayPool:
             files: for each task the file that it reads, relative to `rkd.sources.cache_folder`; none if empty. The
                 driver's copy takes its place in the node's cache before the task starts; one that the driver lacks is
                 left to the task.
+            more: asked before a task is begun; once it says no, those that run are waited for and the others dropped.
 
         Yields:
             The node's name in Ray and the result, in the order in which results come.
@@ -87,10 +91,12 @@ class RayPool:
         call = self._ray.remote(**options)(_call)
         left, lost, reason = list(enumerate(tasks)), 0, ""
         while left or self._running:
-            while left and (self._most is None or len(self._running) < self._most):
+            while left and len(self._running) < self.workers and more():
                 i, task = left.pop(0)
                 file = files[i] if files else None
                 self._running[call.remote(function, task, file, copies.get(file))] = i
+            if not self._running:
+                break
             (done,), _ = self._ray.wait(list(self._running))
             del self._running[done]
             try:

@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from itertools import takewhile
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def _train(
     nodes: dict[str, dict[str, Any]] = {}
     with _progress(sum(map(len, rest))) as bar:
         tasks = [(bundle, precision, study.curves, device) for bundle in rest]
-        for node, (new, notes, machine) in pool.map(_train_bundle, tasks, files):
+        in_time = lambda: study.budget is None or time.perf_counter() - start < study.budget  # noqa: E731
+        for node, (new, notes, machine) in pool.map(_train_bundle, tasks, files, in_time):
             for note in notes:
                 log(note)
             rows |= {row["key"]: row for row in new}
@@ -148,6 +150,8 @@ def _train(
             record(out, study, entry)
             bar.update(len(new))
     log(f"{len(rows):,} runs in {table}, {entry['wall_seconds']:.1f} s")
+    if left := len(order) - len(rows):
+        log(f"the budget of {study.budget:g} s is used up, {left:,} students are left: run the study again to go on")
 
 
 def _estimate(rest: Sequence[Bundle], precision: str, curves: bool, device: str) -> float:
@@ -217,7 +221,11 @@ class LocalPool:
             self._executor = ProcessPoolExecutor(self.workers, context, initializer=_start_worker)
 
     def map(
-        self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], files: Sequence[Path] = ()
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        files: Sequence[Path] = (),
+        more: Callable[[], bool] = lambda: True,
     ) -> Iterator[tuple[str, Any]]:
         """As `rkd.cluster.RayPool.map`, without retries; the node is "", and files are where the tasks find them.
 
@@ -228,19 +236,26 @@ class LocalPool:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                yield from (("", function(*task)) for task in tasks)
+                yield from (("", function(*task)) for task in takewhile(lambda _: more(), tasks))
             finally:
                 torch.set_num_threads(threads)
             return
-        futures = [self._executor.submit(function, *task) for task in tasks]
-        for count, future in enumerate(as_completed(futures)):
-            try:
-                result = future.result()
-            except BrokenExecutor as error:
-                raise LostError(
-                    f"a worker process ended with {len(tasks) - count} of {len(tasks)} tasks left"
-                ) from error
-            yield "", result
+        left, running, given = list(tasks), set[Future[Any]](), 0
+        while True:
+            while left and len(running) < self.workers and more():
+                running.add(self._executor.submit(function, *left.pop(0)))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                try:
+                    result = future.result()
+                except BrokenExecutor as error:
+                    raise LostError(
+                        f"a worker process ended with {len(tasks) - given} of {len(tasks)} tasks left"
+                    ) from error
+                given += 1
+                yield "", result
 
     def __enter__(self) -> "LocalPool":
         return self

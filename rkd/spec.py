@@ -52,6 +52,7 @@ class Study:
         bundles: all that is to be run, in order; the same for the same file everywhere.
         precision: "float32" or "float64".
         curves: whether accuracies are taken after every epoch, not the last only.
+        budget: seconds of an execution after which it begins no bundle any more; None is no limit.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Study:
     bundles: tuple[Bundle, ...]
     precision: str
     curves: bool
+    budget: float | None
 
     @property
     def digest(self) -> str:
@@ -113,6 +115,7 @@ def _study(content: Any, source: str, stem: str) -> Study:
         "precision": Field(str, "float32"),
         "curves": Field(bool, True),
         "bundle": Field(int, 512),
+        "budget": Field(float, None, none=True),
     }
     if not isinstance(content, dict):
         raise ValueError(f"a study must be a mapping with the keys {', '.join([*top, *SECTIONS])}")
@@ -122,6 +125,8 @@ def _study(content: Any, source: str, stem: str) -> Study:
         raise ValueError(f"precision: must be one of {', '.join(PRECISIONS)}, got {general['precision']!r}")
     if general["bundle"] < 1:
         raise ValueError(f"bundle: must be at least 1 student, got {general['bundle']}")
+    if general["budget"] is not None and not 0 < general["budget"] < math.inf:
+        raise ValueError(f"budget: must be a positive number of seconds, got {general['budget']}")
     seeds = _seeds(general["seeds"])
     expanded = {section: _distinct(expand(section, content.get(section, {}))) for section in SECTIONS}
     bundles: list[Bundle] = []
@@ -129,7 +134,7 @@ def _study(content: Any, source: str, stem: str) -> Study:
         settings = dict(zip((s for s in SECTIONS if s != "loss"), values, strict=True))
         _check_together(settings)
         bundles += _split(settings, expanded["loss"], seeds, general["bundle"])
-    return Study(general["name"], source, tuple(bundles), general["precision"], general["curves"])
+    return Study(general["name"], source, tuple(bundles), general["precision"], general["curves"], general["budget"])
 
 
 def _split(settings: Settings, losses: list[Settings], seeds: list[int], most: int) -> Iterator[Bundle]:

@@ -151,6 +151,18 @@ def test_finished_runs_are_kept_when_the_study_grows(spec, tmp_path):
     assert executions[-1]["students"] == 8
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_budget_ends_an_execution_and_the_next_goes_on(spec, tmp_path, workers):
+    spec.write_text(SPEC + "budget: 0.000001\n", encoding="utf-8")
+    lines = []
+    run_study(read_study(spec), tmp_path / "out", "cpu", workers, log=lines.append)
+    assert lines[-1] == "the budget of 1e-06 s is used up, 32 students are left: run the study again to go on"
+    spec.write_text(SPEC + "budget: 1000\n", encoding="utf-8")
+    run_study(read_study(spec), tmp_path / "out", "cpu", workers, log=lines.append)
+    assert lines[-1].startswith("32 runs in ")
+    assert len(table(tmp_path / "out")) == 32
+
+
 def test_a_table_of_another_study_is_left_alone(spec, tmp_path):
     out = tmp_path / "out"
     run_study(read_study(spec), out, "cpu", workers=1, log=quiet)
