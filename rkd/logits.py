@@ -33,6 +33,23 @@ def renyi_from_logits(student: Tensor, teacher: Tensor, alpha: Order, temperatur
     ]
 
 
+def value_and_gradient(
+    z: Tensor, v: Tensor, alpha: Order, temperature: Order, weight: Order, per_order: bool, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(weight·D_α, its gradient in `z` if asked for) of each row, outside autograd; 0 where the weight is 0.
+
+    Logits (rows, n); `alpha`, `temperature` and `weight` are numbers or of shape (rows, 1).
+    """
+    alpha = settle(alpha.squeeze(-1) if isinstance(alpha, Tensor) else alpha)
+    divergence, ratio, anchor = _RenyiFromLogits.forward(z, v, alpha, temperature, per_order)
+    divergence, ratio = divergence.unsqueeze(-1), ratio.unsqueeze(-1)
+    column = torch.as_tensor(weight, dtype=z.dtype, device=z.device).expand(divergence.shape)
+    value = _weigh(column, ratio if per_order else divergence).squeeze(-1)
+    if not gradient:
+        return value, None
+    return value, _StudentGradient.forward(z, v, divergence, ratio, anchor, column, alpha, temperature, per_order)
+
+
 class _RenyiFromLogits(torch.autograd.Function):
     """Saves the logits and, of each row, D_α, D_α/α and the reference class j."""
 
@@ -217,7 +234,9 @@ def _slope(log_m: Tensor, w: Tensor, gap: Tensor, t: Order, divergence: Tensor |
     excess = torch.where(y > 1.0, (log_m + y).exp() - m, m * torch.expm1(y)).sum(-1, keepdim=True)  # Σ m·e^y − 1
     log_sum = torch.where(excess.abs() < 0.5, torch.log1p(excess), (log_m + y).logsumexp(-1, keepdim=True))
     log_ratio = y - log_sum
-    near = (log_ratio.abs() <= 1.0) & (y.abs() <= _TILT_LIMIT) & (divergence < math.inf)
+    carried = (w * y.abs()).nan_to_num(0.0).sum(-1, keepdim=True)  # the rounding that log_sum is made of
+    exact = (y.abs() <= _TILT_LIMIT) & ((excess.abs() < 0.5) | (carried <= _TILT_LIMIT))
+    near = (log_ratio.abs() <= 1.0) & exact & (divergence < math.inf)
     return torch.where(near, m * (torch.expm1(log_ratio) / t), (w - m) / t)
 
 

@@ -1,6 +1,8 @@
 """The distillation loss of eq. (1.13) with the Rényi divergence in place of (1.11): scales, masks, reductions.
 
-The divergence and its gradient come from `rkd.logits`. Explained in the book: section 2.1, "The objective".
+The divergence and its gradient come from `rkd.rows`, a cacheful at a time, where it can be used: on a CPU, for the
+student's gradient alone, outside `torch.func` and `torch.compile`. Elsewhere they come from `rkd.logits`.
+Explained in the book: section 2.1, "The objective".
 """
 
 import math
@@ -21,6 +23,7 @@ from rkd.arguments import (
     check_temperature,
 )
 from rkd.logits import renyi_from_logits
+from rkd.rows import can_visit, weighted_divergence
 
 REDUCTIONS = ("batchmean", "sum", "none")
 Scale = str | float
@@ -73,18 +76,23 @@ def renyi_kd_loss(
     for name, setting in (("alpha", order), ("temperature", temperature)):
         if isinstance(setting, Tensor):
             check_fits(name, setting, student_logits.shape[:-1])
-    factor, per_order = _parse_scale(scale, order, temperature)
+    factor, per_order = parse_scale(scale, order, temperature)
     if class_mask is not None:
         check_class_mask(class_mask, student_logits)
         student_logits = student_logits.masked_fill(~class_mask, -math.inf)
         teacher_logits = teacher_logits.masked_fill(~class_mask, -math.inf)
+    if labels is not None:
+        check_labels(labels, student_logits, ignore_index)
+    if can_visit(student_logits, teacher_logits):
+        weight = row_weights(factor, reduction, student_logits.shape[:-1], labels, ignore_index)
+        return weighted_divergence(
+            student_logits, teacher_logits, order, temperature, per_order, weight, reduction != "none"
+        )
     rows = factor * renyi_from_logits(student_logits, teacher_logits, order, temperature, per_order)
     if labels is None:
         return _reduce(rows, reduction, rows.numel())
-    check_labels(labels, student_logits, ignore_index)
     counted = labels != ignore_index
-    rows = torch.where(counted, rows, 0.0)
-    return _reduce(rows, reduction, counted.sum())
+    return _reduce(torch.where(counted, rows, 0.0), reduction, counted.sum())
 
 
 class DistillationLoss(nn.Module):
@@ -119,7 +127,7 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"beta must be a number in [0, 1], got {beta!r}")
         probe = torch.zeros(())
         order = check_order(alpha, probe)
-        _parse_scale(scale, order, check_temperature(temperature, probe))
+        parse_scale(scale, order, check_temperature(temperature, probe))
         if isinstance(order, float) and order == 0 and scale != "T2/alpha" and beta > 0:
             warnings.warn(
                 "alpha=0 has zero gradient for logits without -inf; scale='T2/alpha' gives its limit, the reverse KL",
@@ -160,6 +168,19 @@ class DistillationLoss(nn.Module):
         return f"alpha={self.alpha}, temperature={self.temperature}, beta={self.beta}, scale={self.scale!r}"
 
 
+def row_weights(
+    factor: Order, reduction: str, leading: torch.Size, labels: Tensor | None = None, ignore_index: int = -100
+) -> Order:
+    """What each row's divergence is multiplied by in the reduced loss: 0 for ignored samples."""
+    count = leading.numel()
+    if labels is not None:
+        counted = labels != ignore_index
+        factor = counted.double() * factor
+        if reduction == "batchmean":
+            return factor / counted.sum().clamp_min(1)
+    return factor / max(count, 1) if reduction == "batchmean" else factor
+
+
 def _reduce(rows: Tensor, reduction: str, count: int | Tensor) -> Tensor:
     if reduction == "none":
         return rows
@@ -169,7 +190,7 @@ def _reduce(rows: Tensor, reduction: str, count: int | Tensor) -> Tensor:
     return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
 
 
-def _parse_scale(scale: Scale, alpha: Order, temperature: Order) -> tuple[Order, bool]:
+def parse_scale(scale: Scale, alpha: Order, temperature: Order) -> tuple[Order, bool]:
     """(factor, whether D_α is divided by α)."""
     if scale == "T2":
         return temperature**2, False
