@@ -52,6 +52,7 @@ def execute(path: Path) -> None:
         notebook,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         timeout=600,
         resources=resources,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
