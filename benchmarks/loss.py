@@ -13,7 +13,6 @@ its own. Liger-Kernel's losses run on GPUs only and are left out; so far `--devi
 import argparse
 import csv
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import added_mebibytes
 from torch import Tensor
 
 from rkd import renyi_kd_loss
@@ -123,14 +123,7 @@ def peak_mebibytes(name: str, rows: int, classes: int, device: str) -> float:
         return float("nan")
     small = z[:few].detach().requires_grad_()
     LOSSES[name](small, v[:few]).backward()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        prepared[0](z, v).backward()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    prepared[0](z, v).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return added_mebibytes(lambda: prepared[0](z, v).backward(), device)
 
 
 def peak_in_a_child(name: str, rows: int, classes: int, device: str) -> float:

@@ -12,7 +12,6 @@ apart, each method in a process of its own.
 import argparse
 import csv
 import multiprocessing
-import re
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import added_mebibytes
 from torch import Tensor, nn
 
 from rkd import DistillationLoss
@@ -177,15 +177,7 @@ def _added_mebibytes(case: str, method: str, students: int, device: str) -> floa
     narrow = {"width": 1} if "width" in CASES[case][1] else {"hidden": [1]}
     _epoch(method, 1, *workload(case, device, **narrow))
     load = workload(case, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _epoch(method, students, *load)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    _RESET.write_text("5", encoding="ascii")
-    before = _status("VmRSS")
-    _epoch(method, students, *load)
-    return _status("VmHWM") - before
+    return added_mebibytes(lambda: _epoch(method, students, *load), device)
 
 
 def _epoch(method: str, students: int, make: Callable[[int], nn.Module], train: Split, teacher: Tensor) -> None:
@@ -193,14 +185,6 @@ def _epoch(method: str, students: int, make: Callable[[int], nn.Module], train: 
         bundle_seconds(make, students, train, teacher, 1)
     else:
         Loop(make, train, teacher, "KL" in method, False).seconds(1)
-
-
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _status(key: str) -> float:
-    """VmRSS, the resident memory of this process, or VmHWM, its peak since the last reset: in MiB."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))[1]) / 2**10
 
 
 def _wait(x: Tensor) -> None:
