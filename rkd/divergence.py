@@ -172,7 +172,8 @@ def _generator_terms(r: Tensor, log_p: Tensor, log_q: Tensor, h: Order) -> Tenso
     radius = _SERIES_RADIUS[r.dtype]
     e2_r, e2_y = _exp_series_2(r), _exp_series_2(y)
     inner = q * r.square() * ((1.0 + r * e2_r) * (1.0 + y * e2_y) + h * e2_y - e2_r)
-    return torch.where((r.abs() < radius) & (y.abs() < radius), inner, outer)
+    terms = torch.where((r.abs() < radius) & (y.abs() < radius), inner, outer)
+    return where(h >= 0.0, terms.masked_fill(r == math.inf, math.inf), terms)  # however small p is
 
 
 def _expm1_ratio(x: Tensor, h: Order, weight: Tensor | float = 1.0) -> Tensor:

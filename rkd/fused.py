@@ -104,7 +104,8 @@ def fused_linear_renyi_kd_loss(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student):
         return _FusedLinear.apply(*student, *teacher, task).view(() if task.total else leading)
     with torch.no_grad():
-        return _shape(_over_chunks((*student, *teacher), task)[0], task).view(() if task.total else leading)
+        result = _shape(_over_chunks((*student, *teacher), task)[0], task)
+    return result.view(() if task.total else leading)
 
 
 class _Task(NamedTuple):
@@ -129,7 +130,9 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, task = arguments
         ctx.task, ctx.wanted = task, tuple(ctx.needs_input_grad[:3])
-        values, ctx.gradients = _over_chunks(tensors, task, *([ctx.wanted] if task.total else []))
+        values, ctx.gradients = _over_chunks(
+            tensors, task, *([ctx.wanted] if task.total and not _underflows(tensors[0], task) else [])
+        )
         ctx.save_for_backward(*tensors)
         return _shape(values, task)
 
@@ -138,16 +141,27 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or not ctx.task.total:
-            rows = None if ctx.task.total else grad.reshape(-1)
-            gradients = _over_chunks(tensors, ctx.task, ctx.wanted, rows)[1]
-        if ctx.task.total:
+        task, late = ctx.task, ctx.task.total and _underflows(tensors[0], ctx.task)
+        if late:
+            task = task._replace(
+                soft=(task.soft * grad).expand(tensors[0].shape[:-1].numel()),
+                hard=None if task.hard is None else task.hard * grad,
+            )
+        if gradients is None or late or not task.total:
+            rows = None if task.total else grad.reshape(-1)
+            gradients = _over_chunks(tensors, task, ctx.wanted, rows)[1]
+        if task.total and not late:
             gradients = [None if x is None else weigh(x, grad) for x in gradients]
         typed = [
             None if x is None else x.to(like.dtype).view_as(like)
             for x, like in zip(gradients, tensors[:3], strict=True)
         ]
         return *typed, None, None, None, None
+
+
+def _underflows(hidden: Tensor, task: _Task) -> bool:
+    """float16 needs the scale of the incoming gradient before it rounds."""
+    return (task.narrow or hidden.dtype) == torch.float16
 
 
 def _shape(values: Tensor, task: _Task) -> Tensor:
@@ -213,7 +227,7 @@ def _visit_chunk(z: Tensor, v: Tensor, task: _Task, part: slice, gradient: bool)
 def _computing_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for, or None to leave everything as it is."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
 
 def _check_layer(name: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:

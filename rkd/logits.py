@@ -235,7 +235,7 @@ def _slope(log_m: Tensor, w: Tensor, gap: Tensor, t: Order, divergence: Tensor |
     log_sum = torch.where(excess.abs() < 0.5, torch.log1p(excess), (log_m + y).logsumexp(-1, keepdim=True))
     log_ratio = y - log_sum
     carried = (w * y.abs()).nan_to_num(0.0).sum(-1, keepdim=True)  # the rounding that log_sum is made of
-    exact = (y.abs() <= _TILT_LIMIT) & ((excess.abs() < 0.5) | (carried <= _TILT_LIMIT))
+    exact = (y.abs() <= _TILT_LIMIT) & (carried <= _TILT_LIMIT)
     near = (log_ratio.abs() <= 1.0) & exact & (divergence < math.inf)
     return torch.where(near, m * (torch.expm1(log_ratio) / t), (w - m) / t)
 

@@ -40,6 +40,8 @@ def can_visit(student: Tensor, teacher: Tensor) -> bool:
         and not (teacher.requires_grad and torch.is_grad_enabled())
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
     )
 
@@ -154,12 +156,14 @@ def _differentiable_gradient(
     z = z.view_as(z)  # hooks of the logits are not to run here
     wide = torch.promote_types(z.dtype, torch.float32)
     rows = renyi_from_logits(z.to(wide), v.to(wide), alpha, temperature, per_order)
+    if isinstance(weight, Tensor):
+        rows = torch.where(weight == 0.0, 0.0, rows)
     return torch.autograd.grad(rows, z, (weight * grad).to(wide).expand(rows.shape), create_graph=True)[0]
 
 
 def _shape(values: Tensor, logits: Tensor, total: bool) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return values.sum().to(dtype) if total else values.to(dtype).view(logits.shape[:-1])
+    return values.sum().to(dtype) if total else values.view(logits.shape[:-1]).to(dtype, copy=True)
 
 
 # --------------------------------------------------------------------------- as the formulas read
@@ -191,6 +195,8 @@ def _direct(
             pieces.append(_direct_rows(logits, alpha, pick(bits, part), pick(per_logit, part), by_z))
         divergence, logs, quality = (torch.cat(x, -2) for x in zip(*pieces, strict=True))
     values = (divergence * (weight / _BITS)).squeeze(-1)
+    if isinstance(weight, Tensor):
+        values.masked_fill_((weight == 0.0).squeeze(-1), 0.0)
     loss_of_digits = _MARGIN / (min(1.0, abs(alpha - 1.0)) or 1.0)
     largest = len(logs) * float(logs.abs().amax())
     if largest < _LARGEST_SIZE and float(quality.amin()) >= loss_of_digits * (64.0 + largest):
@@ -200,7 +206,6 @@ def _direct(
     if isinstance(weight, Tensor):
         ignored = (weight == 0.0).squeeze(-1)
         kept.squeeze(-1).logical_or_(ignored)
-        values.masked_fill_(ignored, 0.0)
         if slope is not None:
             slope[ignored] = 0.0
     return values, kept.squeeze(-1)
@@ -233,6 +238,8 @@ def _direct_rows(
         own = int(alpha)
         mean = third.mul_(p if own else q).sum(-1, keepdim=True).div_(sums[own])
         divergence = mean - (log_p - log_q) if own else log_p - log_q - mean
+        if not own:  # the gradient is a difference of terms of this size
+            logs = torch.cat((logs, mean.unsqueeze(0)))
         w = p
     if slope is None:
         return divergence, logs, divergence

@@ -407,3 +407,77 @@ class TestMemory:
     def test_the_loss_needs_one_gradient_and_a_chunk(self):
         """512 rows of 32,768 classes: two logits and one gradient of 64 MiB each."""
         assert extra_mebibytes(512, 32768, "loss") < 3 * 64 + 30
+
+
+class TestHardCases:
+    """Inputs on which an earlier form of the fast way went wrong."""
+
+    def test_an_ignored_row_of_infinite_divergence_counts_as_zero_without_gradients(self):
+        z, v = torch.tensor([[0.0, 1.0, 2.0], [0.0, -math.inf, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+        loss = renyi_kd_loss(z, v, 1.0, 1.0, labels=torch.tensor([0, -100]))
+        assert loss == renyi_kd_loss(z[:1], v[:1], 1.0, 1.0)
+
+    @pytest.mark.parametrize("gap", [1e4, 1e5])
+    def test_the_gradient_of_order_0_where_its_terms_cancel(self, gap):
+        z = torch.tensor([[0.0, -27.6]], requires_grad=True)
+        renyi_kd_loss(z, torch.tensor([[-gap, 0.0]]), 0.0, 1.0, "T2/alpha").backward()
+        wide = z.detach().double()
+        exact = (
+            wide.softmax(-1).prod() * (wide[0, 0] - wide[0, 1] + gap) * torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+        )  # q₀q₁ times the difference of log(q/p)
+        torch.testing.assert_close(z.grad.double(), exact, rtol=5e-6, atol=0)
+
+    def test_a_gradient_whose_mixture_lies_far_down(self):
+        z = torch.tensor([[-2000.3, -2000.0, -26000.0]], requires_grad=True)
+        v = torch.tensor([[1.0, -2.0, 0.5]])
+        renyi_kd_loss(z, v, 1.0, 1.0).backward()
+        exact = z.detach().double().softmax(-1) - v.double().softmax(-1)
+        assert (z.grad - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+    def test_infinite_however_small_the_teacher_is(self):
+        z, v = torch.tensor([[0.0, -math.inf, 0.0]]), torch.tensor([[0.0, -760.0, 1.0]])
+        assert renyi_kd_loss(z, v, 1.0, 1.0) == math.inf
+        assert renyi_kd_loss(v.clone().requires_grad_(), z, 0.0, 1.0, "T2/alpha") == math.inf
+
+    def test_second_derivatives_beside_an_ignored_row_of_nan(self):
+        z = torch.randn(4, 6)
+        z[1] = math.nan
+        z.requires_grad_()
+        loss = renyi_kd_loss(z, torch.randn(4, 6), 2.0, labels=torch.tensor([0, -100, 1, 2]))
+        (slope,) = torch.autograd.grad(loss**2, z, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.square().sum(), z)
+        assert curvature.isfinite().all()
+        assert not curvature[1].any()
+
+    def test_results_may_be_changed_in_place(self):
+        z, v = torch.randn(2, 4, 6)
+        renyi_kd_loss(z, v, reduction="none").add_(torch.zeros((), requires_grad=True))
+        renyi_kd_loss(z.requires_grad_(), v, reduction="none").mul_(2).sum().backward()
+        fused_linear_renyi_kd_loss(v, v, v, v).add_(torch.zeros((), requires_grad=True))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_a_trace_holds_for_other_batches(self):
+        traced = torch.jit.trace(
+            lambda a, b: renyi_kd_loss(a, b, 2.0), (torch.randn(4, 6), torch.randn(4, 6)), check_trace=False
+        )
+        a, b = torch.randn(2, 9, 6)
+        torch.testing.assert_close(traced(a, b), renyi_kd_loss(a, b, 2.0))
+
+    def test_float16_leaves_room_for_the_scale_of_the_gradient(self):
+        hidden, weight, taught, layer = (
+            (torch.randn(*shape) * size).half()
+            for shape, size in (((3000, 8), 30), ((50, 8), 1), ((3000, 8), 30), ((50, 8), 1))
+        )
+        weight.requires_grad_()
+        loss = fused_linear_renyi_kd_loss(hidden, weight, taught, layer, 2.0, 4.0, reduction="sum")
+        (slope,) = torch.autograd.grad(loss / 30000, weight)
+        wide = weight.detach().float().requires_grad_()
+        held = renyi_kd_loss(hidden.float() @ wide.T, taught.float() @ layer.float().T, 2.0, 4.0, reduction="sum")
+        (exact,) = torch.autograd.grad(held / 30000, wide)
+        assert (slope.float() - exact).norm() <= 5e-3 * exact.norm()
+
+    def test_doubles_stay_doubles_under_autocast(self):
+        hidden, weight = torch.randn(2, 64, 8, dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            chunked = fused_linear_renyi_kd_loss(hidden, weight, weight, hidden, 2.0)
+        torch.testing.assert_close(chunked, renyi_kd_loss(hidden @ weight.T, weight @ hidden.T, 2.0))
