@@ -33,9 +33,10 @@ def pages(entry: Any) -> Iterator[str]:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of the book. Pages that read others' outputs come after them."""
+    """The notebooks in reading order; the list of figures and tables, which reads the others, last."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [path for page in pages(toc) if (path := ROOT / f"{page}.ipynb").exists()]
+    found = [path for page in pages(toc) if (path := ROOT / f"{page}.ipynb").exists()]
+    return sorted(found, key=lambda path: path.stem == "figures-and-tables")
 
 
 def svg(cell: Any) -> str:
