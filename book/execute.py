@@ -33,7 +33,7 @@ def pages(entry: Any) -> Iterator[str]:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks in reading order; the list of figures and tables, which reads them all, last."""
+    """The notebooks in reading order; last the list of figures and tables, which reads them."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     found = [path for page in pages(toc) if (path := ROOT / f"{page}.ipynb").exists()]
     return sorted(found, key=lambda path: path.stem == "figures-and-tables")
