@@ -181,12 +181,11 @@ def differences(panels: dict[str, dict[str, Any]], xlabel: str) -> list[float]:
     _, axes = plt.subplots(1, len(panels), figsize=(8.4, height), squeeze=False, sharey=True)
     drawn = []
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
-        for y, (interval, color) in enumerate(
-            (i, BLUE if i.low > 0 else RED if i.high < 0 else BLACK) for i in rows.values()
-        ):
+        for y, interval in enumerate(rows.values()):
+            color = BLUE if interval.low > 0 else RED if interval.high < 0 else BLACK
             axis.plot([interval.low, interval.high], [y, y], color=color, linewidth=1.6)
-            certain = interval.low > 0 or interval.high < 0
-            axis.plot(interval.mean, y, "o", color=color, markerfacecolor=color if certain else "white", markersize=5)
+            face = color if interval.certain else "white"
+            axis.plot(interval.mean, y, "o", color=color, markerfacecolor=face, markersize=5)
             drawn.append(interval.mean)
         axis.axvline(0, color=BLACK, linewidth=0.8)
         axis.set_yticks(range(len(rows)), list(rows))

@@ -12,31 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from small_study import SPEC, quiet, table
 
 from rkd import engine
 from rkd.cluster import LostError, RayPool, keep
 from rkd.engine import StudyError, run_study
 from rkd.provenance import hardware
 from rkd.spec import read_study
-from rkd.study import read_rows
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rkd[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install 'rkd[ray]'")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
-
-SPEC = """
-seeds: 4
-bundle: 4
-data: {name: digits}
-teacher: {model: mlp, hidden: [32], epochs: 8, learning_rate: 0.003}
-transfer: {size: [60, 120]}
-student: {model: mlp, hidden: [8]}
-loss:
-  - {loss: hard}
-  - {alpha: [0.5, 2], temperature: 2, scale: T2/alpha}
-  - {loss: mse, scale: 1}
-training: {epochs: 6, batch_size: 20}
-"""
 
 
 def start(folder, cpus):
@@ -77,16 +63,6 @@ def study(tmp_path):
 def expected(study, tmp_path):
     run_study(study, tmp_path / "local", "cpu", workers=1, log=quiet)
     return table(tmp_path / "local")
-
-
-def quiet(_):
-    pass
-
-
-def table(folder):
-    """The rows without the one column that measures time."""
-    rows = read_rows(folder / "runs.csv").values()
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def over(cluster, study, out):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from small_study import SPEC, quiet, table
 
 from rkd import study as study_module
 from rkd.data import digits, load
@@ -20,20 +21,6 @@ from rkd.objectives import Student
 from rkd.spec import read_study
 from rkd.study import missing, prepare, read_rows, write_rows, write_whole
 from rkd.training import Schedule, train_students
-
-SPEC = """
-seeds: 4
-bundle: 4
-data: {name: digits}
-teacher: {model: mlp, hidden: [32], epochs: 8, learning_rate: 0.003}
-transfer: {size: [60, 120]}
-student: {model: mlp, hidden: [8]}
-loss:
-  - {loss: hard}
-  - {alpha: [0.5, 2], temperature: 2, scale: T2/alpha}
-  - {loss: mse, scale: 1}
-training: {epochs: 6, batch_size: 20}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -46,18 +33,6 @@ def spec(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text(SPEC, encoding="utf-8")
     return path
-
-
-def table(folder):
-    """The rows without the one column that measures time."""
-    return [
-        {name: value for name, value in row.items() if name != "seconds"}
-        for row in read_rows(folder / "runs.csv").values()
-    ]
-
-
-def quiet(_):
-    pass
 
 
 def command(spec, out, *options):
