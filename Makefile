@@ -68,7 +68,8 @@ lock:  ## pin anew what pyproject.toml asks for
 		--no-emit-index-url --no-emit-find-links --output-file requirements.txt pyproject.toml
 	sed -i -e '1i # The exact lock of everything the book, the tests and the linters use (Python 3.11-3.13).' \
 		-e '1i # Made by `make lock` from pyproject.toml; edit that file, not this one.' \
-		-e '/^# The exact lock\|^# Made by/d' -e 's/^\(torch==[^+]*\)+cpu/\1/' requirements.txt
+		-e '/^# The exact lock\|^# Made by/d' -e 's/^\(torch==[^+]*\)+cpu/\1/' \
+		-e 's/^triton==[^ ]*$$/& ; platform_system == "Linux"/' requirements.txt
 
 serve: site  ## build the site and show it on a local port
 	@echo "http://localhost:$(PORT)"
