@@ -1,11 +1,11 @@
 """Recorded studies as tables: read them, choose settings on validation, line up seeds. Trains and tests nothing.
 
 A study's file is book/studies/NAME.yaml; what running it gave is book/results/NAME: runs.csv, one row a student, and
-provenance.json. Explained in the book: section 2.2, "How Methods Are Compared", and A.5, "Running a study".
+provenance.json. Book: 2.2.1, "How Methods Are Compared"; A.5, "Running a study".
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,39 @@ def by_seed(runs: pd.DataFrame, cell: str | Sequence[str], metric: str) -> pd.Da
         raise ValueError(f"cell must have every seed, but {list(table.columns[table.isna().any()])[:3]} lack some")
     part = metric.endswith(("accuracy", "accuracy_unseen", "ece", "agreement"))
     return 100 * table if part else table
+
+
+def scores(
+    runs: pd.DataFrame,
+    loss: str,
+    cell: str | Sequence[str],
+    metric: str,
+    over: Sequence[str] = (),
+    where: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """One loss's `by_seed` table, every cell with a setting of its own: that of `over` which is best on validation.
+
+    Args:
+        runs: `Record.runs`, or a part of it.
+        loss: value of the column `loss`, such as "renyi" or "hard".
+        cell: column or columns that name what is compared.
+        metric: column of figures, such as "test_accuracy"; in per cent or as recorded, as `by_seed` says.
+        over: columns of the settings that `tuned` chooses from, by accuracy on validation.
+        where: columns and the value that each must have.
+
+    Raises:
+        ValueError: no run is left; or as `by_seed`.
+    """
+    left = runs[runs["loss"] == loss]
+    for column, value in (where or {}).items():
+        left = left[left[column] == value]
+    if left.empty:
+        losses = ", ".join(sorted(runs["loss"].unique()))
+        raise ValueError(
+            f"no run has the loss {loss!r} and {dict(where or {})}; the losses of these runs are: {losses}"
+        )
+    columns = [cell] if isinstance(cell, str) else cell
+    return by_seed(tuned(left, columns, over) if over else left, cell, metric)
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,9 @@
 """The book as it was built and stored: numbers, figures, links, outputs, cell lengths, the README's promises."""
 
+import collections
 import functools
+import importlib
+import inspect
 import itertools
 import json
 import re
@@ -14,6 +17,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
+import rkd
 from rkd.symbolic import recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +26,7 @@ NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
 CODE = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
 CHECKS = [check for path in NOTEBOOKS if "attachments" not in path.parts for check, _ in recorded(path)]
+MODULES = sorted(path.stem for path in (ROOT / "rkd").glob("[a-z]*.py"))
 FIGURES = [cell for cell in CODE if any("image/svg+xml" in output.get("data", {}) for output in cell.outputs)]
 
 
@@ -45,9 +50,13 @@ def page(name):
 
 class TestSite:
     def test_every_page_is_built_and_every_source_is_in_the_table_of_contents(self):
-        sources = {path.with_suffix("").relative_to(ROOT).as_posix() for path in (ROOT / "book").rglob("*.md")}
+        sources = {
+            path.with_suffix("").relative_to(ROOT).as_posix()
+            for path in (ROOT / "book").rglob("*.md")
+            if "vendor" not in path.parts
+        }
         sources |= {path.with_suffix("").relative_to(ROOT).as_posix() for path in NOTEBOOKS}
-        assert sources == set(PAGES)
+        assert sources | {"genindex"} == set(PAGES)
         assert all((SITE / f"{name}.html").exists() for name in PAGES)
 
     @pytest.mark.parametrize(
@@ -74,8 +83,24 @@ class TestSite:
         assert [len(html.select("div.definition")) for html in (one, two)] == [1, 1]
         assert "Definition 1 of the thesis" in one.select_one("div.definition").get_text()
         assert "Definition 2 of the thesis" in two.select_one("div.definition").get_text()
-        assert all("Example." in html.get_text() for html in (one, two))
+        assert [len(html.select("div.example")) for html in (one, two)] == [1, 1]
         assert "Fig. 1.1" in one.select_one("#fig-temperature-scaling figcaption").get_text()
+
+    @pytest.mark.parametrize(("folder", "chapter"), [("theory", 1), ("renyi-distillation", 2)])
+    def test_definitions_theorems_and_propositions_share_one_count(self, folder, chapter):
+        """In chapter 1 that gives the thesis's definitions their numbers, 1 and 2; its examples have none."""
+        pages = [page(name) for name in PAGES if name.startswith(f"book/{folder}/")]
+        titles = [html.get_text() for each in pages for html in each.select("div.proof > p.admonition-title")]
+        counted = [title for title in titles if not title.startswith("Example")]
+        assert [title.split()[1] for title in counted] == [f"{chapter}.{k}" for k in range(1, len(counted) + 1)]
+        assert {title.split()[0] for title in counted} == {"Definition", "Theorem", "Proposition"}
+        if chapter == 1:
+            assert ["of the thesis" in title for title in counted[:3]] == [True, True, False]
+
+    @pytest.mark.parametrize("name", PAGES)
+    def test_no_id_is_given_twice(self, name):
+        ids = collections.Counter(tag["id"] for tag in page(name).find_all(id=True))
+        assert not [one for one, count in ids.items() if count > 1]
 
     @pytest.mark.parametrize("name", PAGES)
     def test_links_inside_the_site_lead_somewhere(self, name):
@@ -112,6 +137,87 @@ class TestSite:
         assert {cell.metadata.mystnb.figure.name for cell in FIGURES} <= links
 
 
+class TestWords:
+    """Glossary, notation and index are complete, and lead to the pages."""
+
+    def test_each_word_is_explained_in_few_sentences_with_a_link(self):
+        for meaning in page("book/glossary").select("dl.glossary > dd"):
+            assert meaning.select("a[href*='.html']"), meaning.get_text()
+            assert len(re.findall(r"[.?](?:\s|$)", meaning.get_text().replace("et al.", ""))) <= 5, meaning.get_text()
+
+    def test_words_are_linked_where_they_first_matter(self):
+        words = {term["id"] for term in page("book/glossary").select("dl.glossary > dt")}
+        links = [link["href"] for name in PAGES for link in page(name).select("a[href*='#term-']")]
+        used = {link.partition("#")[2] for link in links}
+        assert used <= words
+        assert {f"term-{word}" for word in ("teacher", "student", "logits", "temperature", "soft-targets")} <= used
+
+    def test_each_symbol_is_on_the_page_of_notation(self):
+        """Greek letters, operators, script and blackboard letters of every formula in the text."""
+        greek = (
+            "alpha beta gamma delta varepsilon eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi Psi nabla"
+        )
+        symbol = re.compile(
+            r"\\(?:mathcal|mathbb|operatorname|mathbf)\s*\{?\s*[A-Za-z0-9]+|\\(?:"
+            + "|".join(greek.split())
+            + ")(?![a-z])"
+        )
+
+        def symbols(text):
+            formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.DOTALL)
+            return {re.sub(r"[{\s]", "", found) for formula in formulas for found in symbol.findall(formula)}
+
+        known = symbols((ROOT / "book" / "notation.md").read_text(encoding="utf-8"))
+        for path in NOTEBOOKS:
+            cells = nbformat.read(path, as_version=4).cells
+            text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+            assert symbols(text) <= known, path.stem
+
+    def test_the_index_has_the_notions_and_is_in_the_table_of_contents(self):
+        index = page("genindex")
+        entries = [entry.get_text() for entry in index.select("table.genindextable li")]
+        notions = [entry for entry in entries if not re.search(r"\(\)|\(in |attribute\)|\(class|Error|module", entry)]
+        assert len(notions) >= 100
+        assert page("book/index").select("nav a[href$='genindex.html']")
+
+
+class TestReference:
+    """The API page, written from docstrings; every docstring names the page that explains it, by number and title."""
+
+    pointer = re.compile(r"(?:section )?([A\d][.\d]*),\s+\"([^\"]+)\"")
+
+    @functools.cached_property
+    def titles(self):
+        """Number and title of every page, as its heading shows them, and the page's name."""
+        headings = {name: page(name).select_one("article h1").get_text().strip(" #¶\n") for name in PAGES}
+        return {re.sub(r"^([\d.]+)\. ", r"\1 ", heading): name for name, heading in headings.items()}
+
+    def pages_named_by(self, thing):
+        text = re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
+        named = re.search(r"(?:Explained in the book|Book): (.*)", text)
+        return [f"{number} {title}" for number, title in self.pointer.findall(named[1])] if named else []
+
+    @pytest.mark.parametrize("name", rkd.__all__)
+    def test_public_names_and_their_pages_point_at_each_other(self, name):
+        named = self.pages_named_by(getattr(rkd, name))
+        assert named, f'{name}: its docstring needs a line such as: Book: 2.1.1, "The Objective".'
+        entry = page("book/attachments/api").find(id=f"rkd.{name}").find_parent("dl")
+        for heading in named:
+            target = self.titles[heading]
+            assert page(target).select(f"article a[href$='attachments/api.html#rkd.{name}']"), heading
+            assert entry.select(f"a[href$='{target.removeprefix('book/')}.html']"), heading
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_modules_name_pages_that_exist(self, name):
+        named = self.pages_named_by(importlib.import_module(f"rkd.{name}"))
+        assert not [heading for heading in named if heading not in self.titles]
+
+    def test_public_names_come_first(self):
+        ids = [entry["id"] for entry in page("book/attachments/api").select("dt.sig[id]")]
+        public = {f"rkd.{name}" for name in rkd.__all__}
+        assert {entry for entry in ids[: len(public) + 1] if entry.count(".") == 1} == public
+
+
 class TestNotebooks:
     def test_nothing_failed_and_nothing_warned(self):
         assert not [output for output in OUTPUTS if output.output_type == "error" or output.get("name") == "stderr"]
@@ -131,6 +237,24 @@ class TestNotebooks:
         assert [cell.metadata.tags for cell in exempt] == [["nbval-ignore-output"]]
         assert "rounds differently on other processors" in exempt[0].source
 
+    def test_experiments_fold_the_code_that_a_reader_can_skip(self):
+        """Folded: imports, pictures, tables, checks and the numbers of the text; not a single line, not what prints."""
+        methods = [path for path in NOTEBOOKS if path.parent.name == "renyi-distillation"]
+        experiments = PAGES[PAGES.index("book/renyi-distillation/experiments") :]
+        for path in methods:
+            if path.relative_to(ROOT).with_suffix("").as_posix() not in experiments:
+                continue
+            code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+            for number, cell in enumerate(code):
+                kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+                drawn = kinds & {"image/svg+xml", "text/markdown"}
+                checks = re.search(r"\bassert |\bglue\(|\bsay\(", cell.source)
+                silent = kinds <= {"application/papermill.record/text/plain"} and not any(
+                    output.output_type == "stream" for output in cell.outputs
+                )
+                folded = bool(number == 0 or drawn or (checks and silent)) and "\n" in cell.source
+                assert ("hide-input" in cell.metadata.get("tags", ())) == folded, f"{path.stem}: {cell.source}"
+
     def test_figures_have_caption_name_and_alt_text(self):
         for cell in FIGURES:
             described = cell.metadata.mystnb
@@ -143,6 +267,25 @@ class TestNotebooks:
         known = {"text/plain", "text/html", "text/latex", "text/markdown", "image/png", "image/svg+xml"}
         known |= {"application/papermill.record/text/plain", "application/vnd.rkd.check+json"}
         assert {kind for output in OUTPUTS for kind in output.get("data", {})} <= known
+
+    def test_each_theorem_and_proposition_is_checked_before_the_next(self):
+        statement = re.compile(r":::\{prf:(?:theorem|proposition)\}.*\n:label: (.*)")
+        for path in NOTEBOOKS:
+            unchecked = None
+            for cell in nbformat.read(path, as_version=4).cells:
+                if cell.cell_type == "markdown" and (found := statement.search(cell.source)):
+                    assert unchecked is None, unchecked
+                    unchecked = found[1]
+                elif any("application/vnd.rkd.check+json" in o.get("data", {}) for o in cell.get("outputs", ())):
+                    unchecked = None
+            assert unchecked is None, unchecked
+
+    def test_chapter_pages_say_what_they_teach_and_what_they_have_shown(self):
+        for path in NOTEBOOKS:
+            if path.parent.name in ("theory", "renyi-distillation"):
+                cells = nbformat.read(path, as_version=4).cells
+                assert "\n\nAfter this page you can\n- " in cells[0].source, path.stem
+                assert "## What was shown\n\n- " in cells[-1].source, path.stem
 
     def test_cells_are_short(self):
         lengths = sorted(len([line for line in cell.source.splitlines() if line.strip()]) for cell in CODE)
