@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 SITE   := _build/html
+PDF    := _build/pdf/book.pdf
+LATEX  := texlive-xetex texlive-fonts-recommended latexmk fonts-dejavu-core
 PORT   ?= 8000
 
 # One processor thread, one hash seed, no dates: the same code then stores the same bytes everywhere.
@@ -17,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NBVAL := $(BIN)/pytest --nbval --nbval-current-env -p no:cacheprovider -n 2 --dist loadscope -q book
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book site test nbval portable notebooks lint format lock serve clean
+.PHONY: help setup book site pdf test nbval portable notebook notebooks lint format lock linkcheck serve clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +42,16 @@ book: site  ## build the site into _build/html, warnings as errors
 site: $(READY)
 	$(BIN)/jupyter-book build --all -W -n --keep-going --quiet .
 
+pdf: $(READY)  ## typeset the book into _build/pdf/book.pdf, with LaTeX
+	@command -v latexmk > /dev/null && command -v xelatex > /dev/null \
+		|| { echo "LaTeX is missing. On Debian and Ubuntu: apt-get install --no-install-recommends $(LATEX)"; exit 1; }
+	$(BIN)/jupyter-book build --all -W -n --keep-going --quiet --builder latex --path-output $(dir $(PDF)) .
+	cd $(dir $(PDF))_build/latex \
+		&& latexmk -pdfxe -interaction=nonstopmode -halt-on-error -file-line-error -silent book.tex > latexmk.txt 2>&1 \
+		|| { grep -A 8 '^[^ ]*:[0-9]*: ' book.log; echo "LaTeX failed. It needs all of $(LATEX)"; exit 1; }
+	@cp $(dir $(PDF))_build/latex/book.pdf $(PDF)
+	@echo "The book is in $(PDF)"
+
 test: site nbval  ## run all tests: the package, the built book, and every notebook against its stored outputs
 	$(BIN)/pytest -n 2 -q
 
@@ -48,6 +60,10 @@ nbval: $(READY)  ## re-execute every notebook and compare with what is stored
 
 portable: $(READY)  ## the same without the processor's vector instructions, as on another machine
 	ATEN_CPU_CAPABILITY=default $(NBVAL)
+
+notebook: $(READY)  ## re-execute one, as in: make notebook PAGE=book/theory/renyi-divergence
+	@test -f "$(PAGE).ipynb" || { echo "PAGE must name a notebook without its .ipynb, got '$(PAGE)'"; exit 1; }
+	$(BIN)/pytest --nbval --nbval-current-env -p no:cacheprovider -q $(PAGE).ipynb
 
 notebooks: $(READY)  ## re-execute every notebook and store its outputs in place
 	$(BIN)/python book/execute.py
@@ -71,9 +87,11 @@ lock:  ## pin anew what pyproject.toml asks for
 		-e '/^# The exact lock\|^# Made by/d' -e 's/^\(torch==[^+]*\)+cpu/\1/' \
 		-e 's/^triton==[^ ]*$$/& ; platform_system == "Linux"/' requirements.txt
 
+linkcheck: $(READY)  ## ask every outside address that the book links to whether it is there
+	$(BIN)/jupyter-book build --all -n --keep-going --quiet --builder linkcheck --path-output _build/linkcheck .
+
 serve: site  ## build the site and show it on a local port
-	@echo "http://localhost:$(PORT)"
-	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory $(SITE)
+	$(BIN)/python book/serve.py $(SITE) $(PORT)
 
 clean:  ## remove what was built, and the environment
 	rm -rf _build $(VENV) *.egg-info
