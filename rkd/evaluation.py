@@ -1,6 +1,6 @@
 """How good many students are at once: accuracy, negative log-likelihood, calibration, agreement with the teacher.
 
-Explained in the book: section 2.2, "Experiments".
+Book: 2.2.1, "How Methods Are Compared".
 """
 
 import torch

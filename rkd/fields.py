@@ -1,7 +1,7 @@
 """What the sections of a study's file may say: their keys, types and defaults, axes, and which values are possible.
 
 Inside a section a list where one value is expected is an axis: `expand` gives every combination.
-Explained in the book: A.5, "Running a study".
+Book: A.5, "Running a study".
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 All take a batch of shape (N, *shape) to logits of shape (N, classes). They are made on the CPU, whatever the default
 device, and the seed alone decides their initial weights (PyTorch's default initialisation where none is named); global
 random states, the CPU's and the accelerators', are neither read nor moved.
-Explained in the book: section 2.2, "Experiments".
+Book: 2.2, "Experiments".
 """
 
 import inspect
@@ -156,10 +156,12 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mlp": _mlp,
     "cnn": cnn,
     "cnn1d": cnn1d,
+    "resnet8": _cifar(lambda classes: resnet(8, (16, 16, 32, 64), classes)),
     "resnet20": _cifar(lambda classes: resnet(20, (16, 16, 32, 64), classes)),
     "resnet56": _cifar(lambda classes: resnet(56, (16, 16, 32, 64), classes)),
     "resnet8x4": _cifar(lambda classes: resnet(8, (32, 64, 128, 256), classes)),
     "resnet32x4": _cifar(lambda classes: resnet(32, (32, 64, 128, 256), classes)),
+    "wrn_10_1": _cifar(lambda classes: wide_resnet(10, 1, classes)),
     "wrn_16_2": _cifar(lambda classes: wide_resnet(16, 2, classes)),
     "wrn_40_2": _cifar(lambda classes: wide_resnet(40, 2, classes)),
 }

@@ -4,7 +4,7 @@ Training needs gradients only, and many small students at once need them fast, s
 have the shape (seeds, students, classes, samples): with the classes second to last, a softmax over ten of them is some
 thirty times faster on a CPU than with the classes last. The tests hold every gradient to automatic differentiation of
 `rkd.renyi_kd_loss` and of PyTorch's own losses.
-Explained in the book: section 2.1, "The objective", and A.5, "Running a study".
+Book: 2.1.6, "Relatives"; A.5, "Running a study".
 """
 
 import math

@@ -4,6 +4,8 @@ Layout and initialisation are those of the CRD benchmark (Y. Tian, D. Krishnan &
 Distillation, ICLR 2020, and its code RepDistiller), from which published accuracies come. Parameters and buffers follow
 one another as they do there, so that its checkpoints load entry by entry, and one seed gives both the same weights.
 A network here draws its weights from the global random state; `rkd.models.build` makes it from a seed.
+
+Book: 2.2, "Experiments".
 """
 
 import itertools

@@ -2,23 +2,23 @@
 
 A file has the sections data, teacher, transfer, student, loss and training, each a mapping or a list of mappings, and
 says how many seeds. What a section may say is in `rkd.fields`; here settings become bundles, and every run has a key.
-Explained in the book: A.5, "Running a study".
+Book: A.5, "Running a study".
 """
 
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rkd.acceleration import PRECISIONS
 from rkd.fields import FIELDS, Field, Settings, check_known, expand, value_of
 from rkd.sources import optional
 
 SECTIONS = tuple(FIELDS)
-PRECISIONS = ("float32", "float64")
 
 
 class SpecError(ValueError):
@@ -50,9 +50,9 @@ class Study:
         name: of the study.
         source: the text of the file.
         bundles: all that is to be run, in order; the same for the same file everywhere.
-        precision: "float32" or "float64".
+        precision: "float32", "float64", or "bf16", which is float32 with bfloat16 in convolutions and products.
         curves: whether accuracies are taken after every epoch, not the last only.
-        budget: seconds of an execution after which it begins no bundle any more; None is no limit.
+        budget: seconds of an execution after which it stops; None is no limit.
     """
 
     name: str
@@ -71,6 +71,11 @@ class Study:
 def run_key(settings: Settings, precision: str) -> str:
     """Sixteen hexadecimal digits that name a run: equal settings, equal key."""
     return _digest({**settings, "precision": precision})
+
+
+def bundle_key(keys: Sequence[str]) -> str:
+    """The same for a bundle: from the keys of its runs, in order."""
+    return _digest(list(keys))
 
 
 def teacher_key(settings: Settings, precision: str) -> str:

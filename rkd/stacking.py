@@ -2,20 +2,22 @@
 
 Copies come in a grid, K seeds times C students: students of one seed start from one set of weights and see one batch,
 so their first layer is a single matrix product. Every parameter has the leading axes (K, C).
-Explained in the book: A.5, "Running a study".
+Book: A.5, "Running a study".
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rkd.acceleration import PLAIN, Acceleration
 from rkd.models import stackable
 
-_EVALUATION_ROWS = 500
+Factor = float | Tensor
+_EVALUATION_ROWS = {"cpu": 500, "cuda": 2500}
 
 
 class Stack:
@@ -23,13 +25,15 @@ class Stack:
 
     How they run, all with the same result up to rounding: multilayer perceptrons as batched matrix products; other
     networks that `rkd.models.stackable` accepts as grouped convolutions, by `torch.vmap`; the rest, and on a CPU also
-    two-dimensional convolutions, where stacking gains nothing, one after another on shared batches.
+    two-dimensional convolutions, where stacking gains nothing, one after another on shared batches; on a GPU side by
+    side, where the acceleration has several streams.
 
     Args:
         build: makes a network from a seed.
         seeds: K of them.
         copies: C.
         device: where the parameters lie.
+        acceleration: of training; `predict` runs in the type of the parameters whatever it says.
 
     Raises:
         ValueError: no seeds or no copies, or the network drops units at random: the draw of one copy would depend on
@@ -37,7 +41,12 @@ class Stack:
     """
 
     def __init__(
-        self, build: Callable[[int], nn.Module], seeds: Sequence[int], copies: int, device: str | torch.device = "cpu"
+        self,
+        build: Callable[[int], nn.Module],
+        seeds: Sequence[int],
+        copies: int,
+        device: str | torch.device = "cpu",
+        acceleration: Acceleration = PLAIN,
     ) -> None:
         if not seeds or copies < 1:
             raise ValueError(f"seeds and copies must be at least one, got {len(seeds)} and {copies}")
@@ -58,19 +67,34 @@ class Stack:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.network = copy.deepcopy(networks[0]).train()
+        self._acceleration = acceleration
         self._forward = self._runner()
+        self._streams = self._side_streams()
+        self._fast_call = acceleration.compile(self._call)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (K, C, n, B) of one batch (K, B, ...) a seed, differentiable in the parameters; training mode."""
-        return self._forward(x)
+        with self._acceleration.autocast(x.device):
+            return self._forward(x).to(x.dtype)
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (K, C, n, M) of the same inputs (M, ...) for all copies, without gradients; evaluation mode."""
         self.network.eval()
         with torch.no_grad():
-            parts = [self._forward(part.expand(self.shape[0], *part.shape)) for part in x.split(_EVALUATION_ROWS)]
+            rows = x.split(_EVALUATION_ROWS.get(x.device.type, 500))
+            parts = [self._forward(part.expand(self.shape[0], *part.shape)) for part in rows]
         self.network.train()
         return torch.cat(parts, -1)
+
+    def state(self) -> dict[str, Tensor]:
+        """All parameters and buffers by name, for `restore`; not copies."""
+        return {**self.parameters, **self.buffers}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave, from any device."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def finite(self) -> Tensor:
         """Which copies have finite parameters only: boolean, (K, C)."""
@@ -111,19 +135,45 @@ class Stack:
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         seeds, copies = self.shape
-        parameters = {name: p.flatten(0, 1).unbind(0) for name, p in self.parameters.items()}
-        logits = [
-            functional_call(
-                self.network,
-                (
-                    {name: p[i] for name, p in parameters.items()},
-                    {name: b[divmod(i, copies)] for name, b in self.buffers.items()},
-                ),
-                (x[i // copies],),
-            )
-            for i in range(seeds * copies)
-        ]
+        training = self.network.training
+        read = self._acceleration.lowered if training else lambda weight, copies: weight
+        call = self._fast_call if training else self._call
+        parameters = {name: read(p, 2).flatten(0, 1).unbind(0) for name, p in self.parameters.items()}
+        batches = [self._acceleration.arrange(rows) if training else rows for rows in x]
+
+        def one(i: int) -> Tensor:
+            own = {name: p[i] for name, p in parameters.items()}
+            return call(own, {name: b[divmod(i, copies)] for name, b in self.buffers.items()}, batches[i // copies])
+
+        logits = side_by_side(one, seeds * copies, self._streams)
         return torch.stack(logits).transpose(1, 2).unflatten(0, self.shape)
+
+    def _call(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(self.network, (parameters, buffers), (x,))
+
+    def _side_streams(self) -> list["torch.cuda.Stream"]:
+        device = next(iter(self.parameters.values())).device
+        count = min(self._acceleration.streams, math.prod(self.shape))
+        return [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" and count > 1 else []
+
+
+def side_by_side(run: Callable[[int], Tensor], count: int, streams: Sequence["torch.cuda.Stream"]) -> list[Tensor]:
+    """run(0), …, run(count − 1), in turn on the streams; those of the backward pass are the same. Plainly without any.
+
+    All that is done afterwards on the present stream comes after them.
+    """
+    if not streams:
+        return [run(i) for i in range(count)]
+    present = torch.cuda.current_stream()
+    for stream in streams:
+        stream.wait_stream(present)
+    results = []
+    for i in range(count):
+        with torch.cuda.stream(streams[i % len(streams)]):
+            results.append(run(i))
+    for stream in streams:
+        present.wait_stream(stream)
+    return results
 
 
 class Optimizer:
@@ -133,26 +183,57 @@ class Optimizer:
         name: "adamw" (betas 0.9 and 0.999, ε = 1e-8, decoupled weight decay) or "sgd" (momentum 0.9, weight decay in
             the gradient).
         learning_rates: shape (C,).
+
+    Attributes:
+        steps: how many were made.
     """
 
     def __init__(self, name: str, parameters: Sequence[Tensor], learning_rates: Tensor, weight_decay: float) -> None:
         self.name, self.parameters, self.weight_decay, self.steps = name, list(parameters), weight_decay, 0
         self.rates = [learning_rates.to(p).view(1, -1, *[1] * (p.ndim - 2)) for p in self.parameters]
+        self._one_rate = len(learning_rates.unique()) == 1
         self.mean = [torch.zeros_like(p) for p in self.parameters]
         self.square = [torch.zeros_like(p) for p in self.parameters] if name == "adamw" else []
 
-    @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], decay: float) -> None:
         """One step with the learning rates times `decay`."""
+        self.apply(gradients, *self.next_factors(decay))
+
+    def next_factors(self, decay: float) -> tuple[float, float, float]:
+        """What changes from step to step and not from parameter to parameter: the arguments of `apply`."""
         self.steps += 1
+        return decay, math.sqrt(1 - 0.999**self.steps), 1 - 0.9**self.steps
+
+    @torch.no_grad()
+    def apply(self, gradients: Sequence[Tensor], decay: Factor, root: Factor, correction: Factor) -> None:
+        """One step; the factors are numbers, or tensors of no axes, so that a recorded step can read new ones."""
+        if self.name == "sgd":
+            moved = torch._foreach_add(list(gradients), self.parameters, alpha=self.weight_decay)
+            torch._foreach_mul_(self.mean, 0.9)
+            torch._foreach_add_(self.mean, moved)
+            if self._one_rate:
+                rate = self.rates[0].flatten()[0] * decay
+                torch._foreach_sub_(self.parameters, torch._foreach_mul(self.mean, rate))
+                return
+            for p, mean, rate in zip(self.parameters, self.mean, self.rates, strict=True):
+                p.sub_(rate * decay * mean)
+            return
         for i, (p, g) in enumerate(zip(self.parameters, gradients, strict=True)):
             rate = self.rates[i] * decay
-            if self.name == "sgd":
-                self.mean[i].mul_(0.9).add_(g.add(p, alpha=self.weight_decay))
-                p.sub_(rate * self.mean[i])
-                continue
             p.mul_(1 - rate * self.weight_decay)
             self.mean[i].lerp_(g, 1 - 0.9)
             self.square[i].mul_(0.999).addcmul_(g, g, value=1 - 0.999)
-            scale = self.square[i].sqrt().div_(math.sqrt(1 - 0.999**self.steps)).add_(1e-8)
-            p.sub_(self.mean[i].div(scale).mul_(rate / (1 - 0.9**self.steps)))
+            scale = self.square[i].sqrt().div_(root).add_(1e-8)
+            p.sub_(self.mean[i].div(scale).mul_(rate / correction))
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and the number of steps by name, for `restore`; not copies."""
+        moments = {"mean": self.mean, "square": self.square}
+        named = {f"{name}/{i}": tensor for name, tensors in moments.items() for i, tensor in enumerate(tensors)}
+        return named | {"steps": torch.tensor(self.steps)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave, from any device."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.steps = int(state["steps"])

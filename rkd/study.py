@@ -1,17 +1,15 @@
 """Run a study: prepare data and teacher, train bundles, record one row a student. What is recorded is never lost.
 
 `runs.csv` is rewritten as a whole, atomically, each time a bundle is done; `provenance.json` says what ran where. A
-bundle is trained again from the start if it was interrupted, and bundles depend on the study's file only, so a study
-that was killed and continued gives the same table, bit for bit on one machine's CPU, apart from the column seconds.
-Explained in the book: A.5, "Running a study".
+bundle or a teacher that was interrupted goes on from its last state, and bundles depend on the study's file only, so a
+study that was killed and continued gives the same table, bit for bit on one machine's CPU, apart from the seconds.
+Book: A.5, "Running a study".
 """
 
 import csv
 import io
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -21,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rkd.acceleration import Acceleration, storage
+from rkd.checkpoint import NOTHING, Keeping, Stopped, write_whole
 from rkd.data import DataSet, Split, generated, load, subset, with_label_noise, without
 from rkd.evaluation import accuracy, agreement, ece, nll
 from rkd.fields import Settings, schedule_of, student_of
 from rkd.models import build
 from rkd.objectives import Gradient
 from rkd.sources import cache_folder, optional
-from rkd.spec import Bundle, Study, flatten, run_key, teacher_key
+from rkd.spec import Bundle, Study, bundle_key, flatten, run_key, teacher_key
 from rkd.stacking import Stack
 from rkd.training import gradient_norms, train_students, train_teacher
 
@@ -38,16 +38,19 @@ _NORM_SAMPLES = 256
 # --------------------------------------------------------------------------- one bundle
 
 
-def prepare(settings: Settings, precision: str, device: str) -> tuple[DataSet, Split, nn.Module]:
+def prepare(
+    settings: Settings, precision: str, device: str, mode: str = "auto", keeping: Keeping = NOTHING
+) -> tuple[DataSet, Split, nn.Module]:
     """Data set, transfer set and trained teacher of a bundle.
 
     The teacher's weights are kept in `rkd.sources.cache_folder`, by its settings and seed, and used again.
 
     Raises:
         ValueError: the settings ask for more samples or other shapes than the data has. And as `rkd.data.load`.
+        Stopped: the time is up before the teacher is trained.
     """
     data, transfer = _samples(settings, precision, device)
-    return data, transfer, _teacher(settings, data, precision, device)
+    return data, transfer, _teacher(settings, data, precision, device, mode, keeping)
 
 
 def teacher_file(settings: Settings, precision: str) -> Path:
@@ -55,32 +58,62 @@ def teacher_file(settings: Settings, precision: str) -> Path:
     return Path("teachers") / f"{teacher_key(settings, precision)}.safetensors"
 
 
-def run_bundle(bundle: Bundle, precision: str, curves: bool, device: str, log: Callable[[str], None]) -> list[Row]:
+def bundle_name(keys: Sequence[str]) -> str:
+    """What the state of a bundle is called, by the keys of its runs in order."""
+    return f"bundle-{bundle_key(keys)}"
+
+
+def run_bundle(
+    bundle: Bundle,
+    precision: str,
+    curves: bool,
+    device: str,
+    log: Callable[[str], None],
+    mode: str = "auto",
+    keeping: Keeping = NOTHING,
+) -> list[Row]:
     """Train a bundle and measure each student: one row a run. Where memory runs out, in halves.
 
-    The test and validation figures are those after the last epoch. A student whose weights are no longer finite gets
-    the status "diverged".
+    The test and validation figures are those after the last epoch; with curves, `test_accuracy_best` is that of the
+    epoch which is best on the test images, as the literature reports it. A student whose weights are no longer finite
+    gets the status "diverged".
+
+    Raises:
+        Stopped: the time is up; the state is kept.
     """
     try:
-        return _train_and_measure(bundle, precision, curves, device)
+        return _train_and_measure(bundle, precision, curves, device, mode, keeping)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error) or len(bundle) == 1:
             raise
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     log(f"out of memory with {len(bundle)} students: going on with half as many")
-    return [row for half in _halves(bundle) for row in run_bundle(half, precision, curves, device, log)]
+    rows: list[Row] = []
+    for half in _halves(bundle):
+        try:
+            rows += run_bundle(half, precision, curves, device, log, mode, keeping)
+        except Stopped:
+            if not rows:
+                raise
+            break
+    return rows
 
 
-def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str) -> list[Row]:
+def _train_and_measure(
+    bundle: Bundle, precision: str, curves: bool, device: str, mode: str, keeping: Keeping
+) -> list[Row]:
     start = time.perf_counter()
-    settings = bundle.settings
-    data, transfer, teacher = prepare(settings, precision, device)
+    settings, acceleration = bundle.settings, Acceleration.of(precision, device, mode)
+    keeper = keeping.of(bundle_name([run_key(run, precision) for _, _, run in bundle.runs()]))
+    data, transfer, teacher = prepare(settings, precision, device, mode, keeping)
     schedule = schedule_of(settings["training"], len(transfer.y))
+    fixed = schedule.augmentation == "none"
     students = [student_of(loss) for loss in bundle.losses]
     gradient = Gradient(students, transfer.x)
     with torch.no_grad():
-        seen, on_test = _in_parts(teacher, transfer.x), _in_parts(teacher, data.test.x)
+        seen = _in_parts(teacher, transfer.x if fixed else transfer.x[:_NORM_SAMPLES])
+        on_test = _in_parts(teacher, data.test.x)
     few = (transfer.x[:_NORM_SAMPLES], seen[:_NORM_SAMPLES], transfer.y[:_NORM_SAMPLES])
     make = lambda seed: _network(settings["student"], data, seed, precision)  # noqa: E731
     measured: dict[str, Tensor] = {}
@@ -89,13 +122,12 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
     ):
         measured[f"{term}_gradient_first"] = norm
     parts = [(name, part) for name, part in (("validation", data.validation), ("test", data.test)) if len(part.y)]
-    history: dict[str, list[Tensor]] = {name: [] for name, _ in parts}
+    history = {name: keeper.history.setdefault(name, []) for name, _ in parts}
 
     def watch(epoch: int, stack: Stack) -> None:
         for name, part in parts:
-            history[name].append(accuracy(stack.predict(part.x), part.y))
+            history[name].append(accuracy(stack.predict(part.x), part.y).cpu())
 
-    fixed = schedule.augmentation == "none"
     stack = train_students(
         make,
         students,
@@ -105,12 +137,16 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
         schedule,
         data.blank,
         watch if curves else None,
+        acceleration,
+        keeper,
     )
     for name, part in parts:
         logits = stack.predict(part.x)
         measured |= {f"{name}_accuracy": accuracy(logits, part.y), f"{name}_nll": nll(logits, part.y)}
         if name == "test":
             measured |= {"test_ece": ece(logits, part.y), "test_agreement": agreement(logits, on_test)}
+            if rows := history["test"]:
+                measured["test_accuracy_best"] = torch.stack(rows).amax(0)
             if hidden := settings["transfer"]["without"]:
                 unseen = torch.isin(part.y, part.y.new_tensor(hidden))
                 measured["test_accuracy_unseen"] = accuracy(logits[..., unseen], part.y[unseen])
@@ -120,8 +156,8 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
     curve = {name: torch.stack(rows, -1).cpu().tolist() if rows else None for name, rows in history.items()}
     finite = stack.finite().tolist()
     of_teacher = float(accuracy(on_test.T, data.test.y))
-    seconds = (time.perf_counter() - start) / len(bundle)
-    rows = []
+    seconds = (time.perf_counter() - start + keeper.seconds) / len(bundle)
+    table_rows = []
     for k, c, run in bundle.runs():
         row = {"key": run_key(run, precision), **flatten(run), "precision": precision}
         row["status"] = "ok" if finite[k][c] else "diverged"
@@ -129,8 +165,8 @@ def _train_and_measure(bundle: Bundle, precision: str, curves: bool, device: str
         row["teacher_test_accuracy"] = of_teacher
         for name, values in curve.items():
             row[f"{name}_curve"] = " ".join(f"{value:.4f}" for value in values[k][c]) if values else None
-        rows.append(row | {"seconds": round(seconds, 4)})
-    return rows
+        table_rows.append(row | {"seconds": round(seconds, 4)})
+    return table_rows
 
 
 class Probe:
@@ -142,6 +178,7 @@ class Probe:
         self._schedule = schedule_of(settings["training"], len(self._transfer.y))
         self._students, self._seeds = [student_of(loss) for loss in bundle.losses], bundle.seeds
         self._make = lambda seed: _network(settings["student"], self._data, seed, precision)
+        self._acceleration = Acceleration.of(precision, device, "eager")
         _network(settings["teacher"], self._data, 0, precision)
         self.epochs, self.steps = self._schedule.epochs, self._schedule.steps(len(self._transfer.y))
 
@@ -152,7 +189,9 @@ class Probe:
         zeros = few.x.new_zeros(len(few.y), len(self._data.classes))
         for _ in range(2):  # the first time warms up
             start = time.perf_counter()
-            self._stack = train_students(self._make, self._students, self._seeds, few, zeros, schedule)
+            self._stack = train_students(
+                self._make, self._students, self._seeds, few, zeros, schedule, acceleration=self._acceleration
+            )
             seconds = (time.perf_counter() - start) / schedule.steps(len(few.y))
         return seconds
 
@@ -178,10 +217,10 @@ def _samples(settings: Settings, precision: str, device: str) -> tuple[DataSet, 
 
 @lru_cache(maxsize=2)
 def _data(name: str, validation: int | None, precision: str, device: str) -> DataSet:
-    return load(name, validation, getattr(torch, precision), device)
+    return load(name, validation, storage(precision), device)
 
 
-def _teacher(settings: Settings, data: DataSet, precision: str, device: str) -> nn.Module:
+def _teacher(settings: Settings, data: DataSet, precision: str, device: str, mode: str, keeping: Keeping) -> nn.Module:
     safetensors = optional("safetensors.torch")
     wanted = settings["teacher"]
     teacher = _network(wanted, data, wanted["seed"], precision).to(device)
@@ -190,15 +229,18 @@ def _teacher(settings: Settings, data: DataSet, precision: str, device: str) -> 
         teacher.load_state_dict(safetensors.load_file(path, device=device))
         return teacher.eval()
     train = _damaged(data.train, wanted, len(data.classes))
-    train_teacher(teacher, train, schedule_of(wanted), wanted["seed"], data.blank)
+    name = f"teacher-{path.stem}"
+    acceleration = Acceleration.of(precision, device, mode)
+    train_teacher(teacher, train, schedule_of(wanted), wanted["seed"], data.blank, acceleration, keeping.of(name))
     write_whole(path, safetensors.save({name: tensor.cpu() for name, tensor in teacher.state_dict().items()}))
+    keeping.discard(name)
     return teacher
 
 
 def _network(wanted: Settings, data: DataSet, seed: int, precision: str) -> nn.Module:
     options = {key: value for key, value in wanted.items() if key in ("hidden", "dropout", "width")}
     shape = tuple(data.train.x.shape[1:])
-    return build(wanted["model"], shape, len(data.classes), seed, getattr(torch, precision), **options)
+    return build(wanted["model"], shape, len(data.classes), seed, storage(precision), **options)
 
 
 def _damaged(split: Split, wanted: Settings, classes: int) -> Split:
@@ -243,22 +285,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue().encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there with all its content or not at all, whenever the process or the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def missing(study: Study, done: dict[str, dict[str, str]]) -> list[Bundle]:

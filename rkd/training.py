@@ -3,101 +3,63 @@
 A bundle is C students, each with its own loss, under K seeds. No student's gradient sees another and the optimiser
 works entry by entry: a student's result is the one it would have alone. Students of one seed share initial weights and
 batch order, whatever their loss, which is what makes their differences paired.
-Explained in the book: section 2.2, "Experiments", and A.5, "Running a study".
+Book: 2.2, "Experiments"; A.5, "Running a study".
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rkd.augmentation import AUGMENTATIONS, augment
+from rkd.acceleration import PLAIN, Acceleration, Replayed
+from rkd.checkpoint import Keeper
 from rkd.data import Split
 from rkd.objectives import Gradient, Student
+from rkd.schedule import Batch, Batches, Schedule
 from rkd.stacking import Optimizer, Stack
 
-OPTIMIZERS = ("adamw", "sgd")
-DECAYS = ("cosine", "step", "constant")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a network is trained: epochs in batches of `batch_size` samples, the last, smaller batch kept.
-
-    Attributes:
-        optimizer: "adamw" or "sgd" (momentum 0.9).
-        decay: of the learning rate: "cosine" to 0; "step", a tenth from 62.5, 75 and 87.5 % of the epochs on (150, 180
-            and 210 of 240); "constant".
-        augmentation: a key of `rkd.augmentation.AUGMENTATIONS`, drawn anew for each batch.
-
-    Raises:
-        ValueError: an attribute lies outside its range.
-    """
-
-    epochs: int = 60
-    batch_size: int = 32
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"
-    decay: str = "cosine"
-    augmentation: str = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
-        for name, accepted in (("optimizer", OPTIMIZERS), ("decay", DECAYS), ("augmentation", tuple(AUGMENTATIONS))):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
-
-    def steps(self, samples: int) -> int:
-        """Steps of the optimiser over all epochs."""
-        return self.epochs * math.ceil(samples / self.batch_size)
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 ≤ `step` < `steps`, as a part of the first."""
-        if self.decay == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * step / steps))
-        if self.decay == "step":
-            return 0.1 ** sum(step >= steps * part for part in (0.625, 0.75, 0.875))
-        return 1.0
+_RUN_AHEAD = 32  # steps that may wait on a GPU: a clock looked at here is then not far from the work's
 
 
 def train_teacher(
-    model: nn.Module, train: Split, schedule: Schedule, seed: int, blank: Tensor | None = None
+    model: nn.Module,
+    train: Split,
+    schedule: Schedule,
+    seed: int,
+    blank: Tensor | None = None,
+    acceleration: Acceleration = PLAIN,
+    keeper: Keeper | None = None,
 ) -> nn.Module:
     """`model` trained in place on hard labels; `seed` decides batch order, augmentation and dropout.
 
+    In mixed precision a teacher without dropout is trained as a bundle of one student is, and as fast.
+
     Args:
         blank: `DataSet.blank`, needed where the schedule augments.
+        acceleration: what of the machine to use.
+        keeper: of the state; the training goes on from the one that it has.
 
     Returns:
         The model in evaluation mode.
+
+    Raises:
+        Stopped: the keeper's deadline is over.
     """
-    model.train()
-    settings: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if schedule.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    steps = schedule.steps(len(train.y))
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.rate(step, steps))
+    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    if acceleration.mixed and not drops:
+        hard, silent = [Student("hard", beta=0.0)], lambda x: x.new_zeros(())
+        stack = train_students(
+            lambda _: model, hard, [seed], train, silent, schedule, blank, None, acceleration, keeper
+        )
+        model.load_state_dict({name: tensor[0, 0] for name, tensor in stack.state().items()})
+        return model.eval()
+    batches = Batches([seed], train, schedule, blank)
+    teacher = _Teacher(model.train(), batches, schedule, acceleration)
     with torch.random.fork_rng(devices=[train.x.device] if train.x.is_cuda else []):
         torch.manual_seed(seed)
-        for batch, x in _batches([seed], train, schedule, blank):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[0]), train.y[batch[0]]).backward()
-            optimizer.step()
-            decay.step()
+        _train(teacher, batches, schedule, keeper or Keeper())
     return model.eval()
 
 
@@ -110,6 +72,8 @@ def train_students(
     schedule: Schedule,
     blank: Tensor | None = None,
     after_epoch: Callable[[int, Stack], None] | None = None,
+    acceleration: Acceleration = PLAIN,
+    keeper: Keeper | None = None,
 ) -> Stack:
     """Train every student under every seed, all together.
 
@@ -122,6 +86,8 @@ def train_students(
             logits of a batch: all students of a seed share what it says of the same augmented images.
         blank: `DataSet.blank`, needed where the schedule augments.
         after_epoch: called with the number of epochs done and the stack.
+        acceleration: what of the machine to use.
+        keeper: of the state; the training goes on from the one that it has.
 
     Returns:
         The trained networks. A student whose parameters are no longer finite has diverged; the others are untouched.
@@ -129,6 +95,7 @@ def train_students(
     Raises:
         ValueError: the bundle is empty, the teacher's logits do not match the samples or are given for images that the
             schedule changes, or the network has dropout.
+        Stopped: the keeper's deadline is over.
     """
     if not students:
         raise ValueError("students must hold at least one student, got none")
@@ -137,19 +104,11 @@ def train_students(
             raise ValueError(f"teacher must hold {len(train.y)} rows of logits, one a sample, got {len(teacher)}")
         if schedule.augmentation != "none":
             raise ValueError(f"teacher must be a function where the augmentation is {schedule.augmentation!r}")
-    stack = Stack(build, seeds, len(students), train.x.device)
-    parameters = list(stack.parameters.values())
-    rates = torch.tensor([s.learning_rate or schedule.learning_rate for s in students], dtype=torch.float64)
-    optimizer = Optimizer(schedule.optimizer, parameters, rates, schedule.weight_decay)
-    gradient = Gradient(students, train.x)
-    steps, per_epoch = schedule.steps(len(train.y)), math.ceil(len(train.y) / schedule.batch_size)
-    for step, (batch, x) in enumerate(_batches(seeds, train, schedule, blank)):
-        z = stack.logits(x)
-        hard, soft = gradient.terms(z.detach(), teacher_rows(teacher, batch, x), train.y[batch])
-        grads = torch.autograd.grad(z, parameters, hard.add_(soft).div_(z.shape[-1]))
-        optimizer.step(grads, schedule.rate(step, steps))
-        if after_epoch and (step + 1) % per_epoch == 0:
-            after_epoch((step + 1) // per_epoch, stack)
+    stack = Stack(build, seeds, len(students), train.x.device, acceleration)
+    batches = Batches(seeds, train, schedule, blank, acceleration.mixed)
+    bundle = _Bundle(stack, students, batches, teacher, schedule, acceleration)
+    watch = None if after_epoch is None else lambda epoch: after_epoch(epoch, stack)
+    _train(bundle, batches, schedule, keeper or Keeper(), watch)
     return stack
 
 
@@ -182,18 +141,137 @@ def teacher_rows(teacher: Tensor | Callable[[Tensor], Tensor], batch: Tensor, x:
     return rows.transpose(1, 2).unsqueeze(1).contiguous()
 
 
-def _batches(
-    seeds: Sequence[int], train: Split, schedule: Schedule, blank: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices (K, B) and inputs (K, B, ...): every epoch a permutation a seed."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if schedule.augmentation != "none" and blank is None:
-        raise ValueError(f"blank must be given where the augmentation is {schedule.augmentation!r}")
-    for _ in range(schedule.epochs):
-        order = torch.stack([torch.randperm(len(train.y), generator=generator) for generator in generators])
-        for batch in order.to(train.x.device).split(schedule.batch_size, dim=1):
-            x = train.x.index_select(0, batch.flatten()).unflatten(0, batch.shape)
-            if blank is not None and schedule.augmentation != "none":
-                parts = zip(x, generators, strict=True)
-                x = torch.stack([augment(schedule.augmentation, part, blank, g) for part, g in parts])
-            yield batch, x
+class _Trainee(Protocol):
+    """What is trained: it makes steps, and its state can be had and put back."""
+
+    def step(self, batch: Batch, decay: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class _Teacher:
+    """A module with an optimiser of PyTorch's."""
+
+    def __init__(self, model: nn.Module, batches: Batches, schedule: Schedule, acceleration: Acceleration) -> None:
+        self._model, self._batches, self._acceleration = model, batches, acceleration
+        self._rate = schedule.learning_rate
+        settings: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+        self._optimizer: torch.optim.Optimizer
+        if schedule.optimizer == "sgd":
+            self._optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+        else:
+            self._optimizer = torch.optim.AdamW(model.parameters(), **settings)
+
+    def step(self, batch: Batch, decay: float) -> None:
+        x = self._batches.inputs(batch)[0].contiguous()
+        self._optimizer.param_groups[0]["lr"] = self._rate * decay
+        self._optimizer.zero_grad()
+        with self._acceleration.autocast(x.device):
+            logits = self._model(x).to(x.dtype)
+        F.cross_entropy(logits, self._batches.train.y[batch.samples[0]]).backward()
+        self._optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        moments = {
+            f"optimizer/{i}/{name}": tensor
+            for i, entries in self._optimizer.state_dict()["state"].items()
+            for name, tensor in entries.items()
+        }
+        random = {"random/cpu": torch.get_rng_state()}
+        if self._batches.train.x.is_cuda:
+            random["random/cuda"] = torch.cuda.get_rng_state(self._batches.train.x.device)
+        return {f"model/{name}": tensor for name, tensor in self._model.state_dict().items()} | moments | random
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        part = lambda prefix: {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}  # noqa: E731
+        self._model.load_state_dict(part("model/"))
+        entries: dict[int, dict[str, Tensor]] = {}
+        for path, tensor in part("optimizer/").items():
+            i, name = path.split("/")
+            entries.setdefault(int(i), {})[name] = tensor
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": entries})
+        torch.set_rng_state(state["random/cpu"])
+        if "random/cuda" in state:
+            torch.cuda.set_rng_state(state["random/cuda"], self._batches.train.x.device)
+
+
+class _Bundle:
+    """A stack of students with their losses and their optimiser."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        students: Sequence[Student],
+        batches: Batches,
+        teacher: Tensor | Callable[[Tensor], Tensor],
+        schedule: Schedule,
+        acceleration: Acceleration,
+    ) -> None:
+        self._stack, self._batches = stack, batches
+        self._parameters = list(stack.parameters.values())
+        rates = torch.tensor([s.learning_rate or schedule.learning_rate for s in students], dtype=torch.float64)
+        self._optimizer = Optimizer(schedule.optimizer, self._parameters, rates, schedule.weight_decay)
+        self._gradient = Gradient(students, batches.train.x)
+        self._teacher = acceleration.inference(teacher) if isinstance(teacher, nn.Module) else teacher
+        self._soft = any(s.beta > 0 for s in students)
+        self._replayed = Replayed(self._step_on_device) if acceleration.captured else None
+        if acceleration.captured:
+            torch.backends.cudnn.benchmark = True  # the shapes stay the same: cuDNN may look for the fastest way once
+
+    def step(self, batch: Batch, decay: float) -> None:
+        factors = self._optimizer.next_factors(decay)
+        if self._replayed is None:
+            self._step(batch, *factors)
+        else:
+            x = self._batches.train.x
+            self._replayed(*batch, torch.tensor(factors, dtype=x.dtype).to(x.device, non_blocking=True))
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"stack/{name}": tensor for name, tensor in self._stack.state().items()} | {
+            f"optimizer/{name}": tensor for name, tensor in self._optimizer.state().items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._stack.restore({n.removeprefix("stack/"): t for n, t in state.items()})
+        self._optimizer.restore({n.removeprefix("optimizer/"): t for n, t in state.items()})
+
+    def _step_on_device(self, samples: Tensor, start: Tensor, mirrored: Tensor, factors: Tensor) -> None:
+        self._step(Batch(samples, start, mirrored), *factors.unbind())
+
+    def _step(self, batch: Batch, *factors: float | Tensor) -> None:
+        x, y = self._batches.inputs(batch), self._batches.train.y[batch.samples]
+        z = self._stack.logits(x)
+        v = teacher_rows(self._teacher, batch.samples, x) if self._soft else z.new_zeros(())
+        hard, soft = self._gradient.terms(z.detach(), v, y)
+        grads = torch.autograd.grad(z, self._parameters, hard.add_(soft).div_(z.shape[-1]))
+        self._optimizer.apply(grads, *factors)
+
+
+def _train(
+    trainee: _Trainee,
+    batches: Batches,
+    schedule: Schedule,
+    keeper: Keeper,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """All steps that the keeper's state does not hold yet."""
+    steps, per_epoch, done = schedule.epochs * len(batches), len(batches), keeper.step
+    if state := keeper.state():
+        batches.restore(state["batches"])
+        trainee.restore(state)
+
+    def whole(step: int) -> dict[str, Tensor]:
+        return trainee.state() | {"batches": batches.state(within=step % per_epoch > 0)}
+
+    for epoch in range(done // per_epoch, schedule.epochs):
+        for step, batch in enumerate(batches.epoch(), epoch * per_epoch + 1):
+            if step <= done:
+                continue
+            trainee.step(batch, schedule.rate(step - 1, steps))
+            if batch.samples.is_cuda and step % _RUN_AHEAD == 0:
+                torch.cuda.synchronize()
+            if step % per_epoch == 0 and after_epoch:
+                after_epoch(step // per_epoch)
+            keeper.offer(step, lambda step=step: whole(step))  # type: ignore[misc]

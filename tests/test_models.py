@@ -11,17 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from rkd.models import MODELS, build, cnn, cnn1d, mlp, options_of, parameter_count, stackable
 from rkd.resnets import resnet, wide_resnet
 
-# parameters at 100 classes, and their number and that of multiplications in millions as published
+# parameters at 100 classes, and their number and that of multiplications in millions as published (but wrn_10_1)
 CIFAR = {
+    "resnet8": (83_892, 0.084, 12.5),
     "resnet20": (278_324, 0.278, 40.8),
     "resnet56": (861_620, 0.862, 125.8),
     "resnet8x4": (1_233_540, 1.234, 177),
     "resnet32x4": (7_433_860, 7.434, 1083),
+    "wrn_10_1": (83_700, 0.084, 12.5),
     "wrn_16_2": (703_284, 0.703, 101.1),
     "wrn_40_2": (2_255_156, 2.255, 327.6),
 }
 # blocks a stage, and widths of stem and stages
 LAYOUT = {
+    "resnet8": (1, (16, 16, 32, 64)),
+    "wrn_10_1": (1, (16, 16, 32, 64)),
     "resnet20": (3, (16, 16, 32, 64)),
     "resnet56": (9, (16, 16, 32, 64)),
     "resnet8x4": (1, (32, 64, 128, 256)),
@@ -243,7 +247,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "options", "message"),
         [
-            (("vgg", (1, 8, 8), 10, 0), {}, "model must be one of mlp, cnn, cnn1d, resnet20, .*, wrn_40_2, got 'vgg'"),
+            (("vgg", (1, 8, 8), 10, 0), {}, "model must be one of mlp, cnn, cnn1d, resnet8, .*, wrn_40_2, got 'vgg'"),
             (("mlp", (8,), 10, 0), {"width": 3}, r"options of mlp must be among \[hidden, dropout\], got width"),
             (("resnet20", COLOUR, 10, 0), {"width": 3}, r"options of resnet20 must be among \[\], got width"),
             (("mlp", (8,), 10, 0), {"dropout": 0.1}, r"options of mlp must include hidden, got \[dropout\]"),

@@ -104,7 +104,7 @@ def test_keys_depend_on_settings_only(read):
         ("seeds: 3", "", "seeds: is required"),
         ("seeds: 3", "seeds: 0", "seeds: must be how many, at least 1, or a list of different numbers"),
         ("seeds: 3", "seeds: [1, 1]", "seeds: must be how many"),
-        ("seeds: 3", "seeds: 3\nprecision: half", "precision: must be one of float32, float64, got 'half'"),
+        ("seeds: 3", "seeds: 3\nprecision: half", "precision: must be one of float32, float64, bf16, got 'half'"),
         ("seeds: 3", "seeds: 3\nbudget: 0", "budget: must be a positive number of seconds, got 0"),
         ("seeds: 3", "seeds: 3\nbudget: soon", "budget: must be a number, got 'soon'"),
         ("seeds: 3", "seeds: 3\nbundle: 0", "bundle: must be at least 1 student, got 0"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import time
 
 import pytest
 import torch
-from small_study import SPEC, quiet, table
+from small_study import IMAGES, SPEC, quiet, table, write_images
 
+from rkd import checkpoint
 from rkd import study as study_module
+from rkd.checkpoint import Keeper, Stopped
 from rkd.data import digits, load
 from rkd.engine import StudyError, run_study
 from rkd.evaluation import accuracy, agreement, ece, nll
@@ -126,6 +129,140 @@ def test_finished_runs_are_kept_when_the_study_grows(spec, tmp_path):
     assert executions[-1]["students"] == 8
 
 
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A study of residual networks, and its images."""
+    write_images(tmp_path / "data")
+    monkeypatch.setenv("RKD_DATA_DIR", str(tmp_path / "data"))
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """How many steps were done each time that a state was kept, by the name of its file."""
+    steps, save = [], Keeper._save
+
+    def note(self, path, step, state):
+        steps.append((path.name.split("-")[0], step))
+        save(self, path, step, state)
+
+    monkeypatch.setattr(Keeper, "_save", note)
+    return steps
+
+
+def test_within_a_bundle_and_a_teacher_a_killed_study_goes_on(images, tmp_path, monkeypatch):
+    """SIGKILL as soon as another state is there: of the teacher, then of each bundle. The table is the same."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run_study(read_study(images), tmp_path / "whole", "cpu", workers=1, log=quiet)
+    monkeypatch.setenv("RKD_CACHE_DIR", str(tmp_path / "another cache"))
+    out, seen = tmp_path / "parts", set()
+    while True:
+        process = subprocess.Popen(command(images, out, "--workers", "1", "--every", "0"), stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            states = {path.name for path in (out / "state").glob("*.safetensors")} if out.exists() else set()
+            if states - seen:
+                seen |= states
+                time.sleep(0.1)
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        if process.returncode == 0:
+            break
+    assert sorted(name.split("-")[0] for name in seen) == ["bundle", "bundle", "teacher"]
+    assert table(out) == table(tmp_path / "whole")
+    assert not (out / "state").exists()
+
+
+def test_a_budget_stops_within_a_bundle_and_the_next_execution_goes_on(images, tmp_path, kept, monkeypatch):
+    """A clock on which each step takes a second: the states are those of the steps at which the time was up."""
+    run_study(read_study(images), tmp_path / "whole", "cpu", workers=1, log=quiet)
+    assert kept == []
+    monkeypatch.setenv("RKD_CACHE_DIR", str(tmp_path / "another cache"))
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now[0])
+    offer = Keeper.offer
+
+    def second(self, step, state):
+        now[0] += self._path is not None  # the estimate's steps keep nothing
+        offer(self, step, state)
+
+    monkeypatch.setattr(Keeper, "offer", second)
+    out, lines, executions = tmp_path / "parts", [], 0
+    while not lines or "s is used up" in lines[-1]:
+        run_study(read_study(images), out, "cpu", workers=1, log=lines.append, budget=5.5)
+        executions += 1
+    # of the teacher 2 · 4 batches, of each of two bundles as many: all 24 steps, six an execution
+    assert kept == [("teacher", 6), ("bundle", 4), ("bundle", 2), ("bundle", 8)]
+    assert executions == 5
+    assert "teacher resnet8, seed 0: not ready yet" in lines
+    assert "stopped in a bundle of 2 students, whose state is kept" in lines
+    assert table(out) == table(tmp_path / "whole")
+    provenance = json.loads((out / "provenance.json").read_text(encoding="utf-8"))["executions"]
+    assert provenance[0]["hardware"]
+    assert provenance[-1]["precision"] == "bf16"
+    assert not (out / "state").exists()
+
+
+def test_the_best_epoch_is_recorded_beside_the_last(images, tmp_path):
+    run_study(read_study(images), tmp_path / "out", "cpu", workers=1, log=quiet)
+    for row in table(tmp_path / "out"):
+        curve = [float(value) for value in row["test_curve"].split()]
+        assert len(curve) == 2
+        assert float(row["test_accuracy_best"]) == pytest.approx(max(curve), abs=1e-4)
+        assert float(row["test_accuracy"]) == pytest.approx(curve[-1], abs=1e-4)
+    images.write_text(IMAGES + "curves: false\n", encoding="utf-8")
+    run_study(read_study(images), tmp_path / "other", "cpu", workers=1, log=quiet)
+    assert "test_accuracy_best" not in table(tmp_path / "other")[0]
+
+
+def test_residual_students_do_not_depend_on_their_bundle(images, tmp_path):
+    run_study(read_study(images), tmp_path / "two", "cpu", workers=1, log=quiet)
+    for size in (1, 4):
+        images.write_text(IMAGES.replace("bundle: 2", f"bundle: {size}"), encoding="utf-8")
+        run_study(read_study(images), tmp_path / str(size), "cpu", workers=1, log=quiet)
+        rows = {row["key"]: row for row in table(tmp_path / str(size))}
+        assert len(rows) == 4
+        for other in table(tmp_path / "two"):
+            row = rows[other["key"]]
+            for column in ("test_accuracy", "test_nll", "validation_nll", "test_agreement", "soft_gradient_last"):
+                assert float(row[column]) == pytest.approx(float(other[column]), rel=1e-4)
+
+
+def test_in_halves_what_is_done_before_the_time_is_up_is_kept(images, tmp_path, monkeypatch):
+    """Four students do not fit; the first two are finished, and the time is up in the midst of the others."""
+    images.write_text(IMAGES.replace("bundle: 2", "bundle: 4"), encoding="utf-8")
+    train, lines, calls = study_module._train_and_measure, [], []
+
+    def narrow(bundle, *rest):
+        if len(bundle) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        calls.append(bundle)
+        if len(calls) == 2:
+            raise Stopped
+        return train(bundle, *rest)
+
+    monkeypatch.setattr(study_module, "_train_and_measure", narrow)
+    out = tmp_path / "out"
+    run_study(read_study(images), out, "cpu", workers=1, log=lines.append, budget=1e6)
+    assert len(table(out)) == 2
+    assert "2 students are left" in lines[-1]
+    run_study(read_study(images), out, "cpu", workers=1, log=lines.append)
+    assert len(table(out)) == 4
+
+
+def test_impossible_ways_are_refused(spec, tmp_path):
+    study = read_study(spec)
+    for message, ways in {
+        "budget must be a positive number of seconds, got 0": {"budget": 0},
+        "mode must be one of auto, eager, graphs, compiled, got 'fast'": {"mode": "fast"},
+        "mode graphs needs a GPU, got device 'cpu'": {"mode": "graphs"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run_study(study, tmp_path / "out", "cpu", workers=1, log=quiet, **ways)
+    assert not (tmp_path / "out" / "runs.csv").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_budget_ends_an_execution_and_the_next_goes_on(spec, tmp_path, workers):
     spec.write_text(SPEC + "budget: 0.000001\n", encoding="utf-8")
@@ -217,7 +354,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(study_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"

@@ -1,16 +1,21 @@
-"""`rkd.training`: a bundle is its students one by one, each trained as a plain PyTorch loop would; teachers learn."""
+"""`rkd.training`: a bundle is its students one by one, each as in a plain loop; stopped or not, and in bfloat16."""
 
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_graphs import fake_graphs
 from torch import nn
 
 from rkd import DistillationLoss, renyi_kd_loss
+from rkd.acceleration import PLAIN, Acceleration
+from rkd.checkpoint import Keeper, Keeping, Stopped
 from rkd.data import Split, digits
 from rkd.models import build, mlp
 from rkd.objectives import Gradient, Student
+from rkd.resnets import resnet
+from rkd.schedule import Batches
 from rkd.stacking import Stack
 from rkd.training import Schedule, gradient_norms, train_students, train_teacher
 
@@ -164,9 +169,157 @@ def test_global_random_state_is_left_alone(data, few, teacher_logits):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_step_decay_is_the_literatures():
-    rates = [Schedule(epochs=240, decay="step").rate(epoch, 240) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+# --------------------------------------------------------------------------- left and taken up again
+
+
+@pytest.fixture(scope="module")
+def coloured():
+    """Forty-five images of 8×8 pixels in three channels, and what is black in them. One thread, as the engine has."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(7)
+    x, y = torch.randn(45, 3, 8, 8, generator=generator), torch.randint(10, (45,), generator=generator)
+    return Split(x, y), torch.tensor([-0.4, 0.3, 1.0])
+
+
+IMAGES = Schedule(
+    epochs=3, batch_size=16, learning_rate=0.05, weight_decay=5e-4, optimizer="sgd", augmentation="crop-flip"
+)
+STOPS = [1, 3, 5, 6, 9]  # of three steps an epoch: after the first, at an epoch's end, within one, after the last
+MIXED = Acceleration(mixed=True)
+PAIR = [Student("hard", beta=0.0), Student(alpha=2.0, temperature=2.0), Student(alpha=0.5, learning_rate=0.02)]
+
+
+def residual(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return resnet(8, (4, 4, 8, 8), 10)
+
+
+def in_parts(folder, stops, run):
+    """`run` with a keeper, stopped after each of the steps in `stops`, and at last to its end."""
+
+    class Until(Keeper):
+        def offer(self, step, state):
+            if step == self.last:
+                self._save(self._path, step, state())
+                raise Stopped
+
+    for last in stops:
+        keeper = Until(Keeping(folder), folder / "run.safetensors")
+        keeper.last = last
+        with pytest.raises(Stopped):
+            run(keeper)
+    return run(Keeping(folder).of("run"))
+
+
+@pytest.mark.parametrize("acceleration", [PLAIN, MIXED])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_students_that_were_stopped_are_those_that_were_not(tmp_path, coloured, acceleration, optimizer):
+    """Bit for bit."""
+    (train, blank), schedule = coloured, dataclasses.replace(IMAGES, optimizer=optimizer)
+    teacher = residual(9).eval()
+
+    def run(keeper=None):
+        seen = [] if keeper is None else keeper.history.setdefault("epochs", [])
+        note = lambda epoch, stack: seen.append(stack.predict(train.x))  # noqa: E731
+        stack = train_students(residual, PAIR, [0, 3], train, teacher, schedule, blank, note, acceleration, keeper)
+        return stack.state(), seen
+
+    (whole, history), (state, seen) = run(), in_parts(tmp_path, STOPS, run)
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+    assert len(seen) == 3
+    assert all(map(torch.equal, seen, history))
+
+
+@pytest.mark.parametrize(
+    ("network", "acceleration"),
+    [(residual, PLAIN), (residual, MIXED), (lambda _: mlp([192, 9, 10], 0, 0.3, torch.float32), PLAIN)],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_teacher_that_was_stopped_is_one_that_was_not(tmp_path, coloured, network, acceleration, optimizer):
+    (train, blank), schedule = coloured, dataclasses.replace(IMAGES, optimizer=optimizer)
+
+    def run(keeper=None):
+        return train_teacher(network(0), train, schedule, 1, blank, acceleration, keeper).state_dict()
+
+    whole, state = run(), in_parts(tmp_path, STOPS, run)
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+
+
+# --------------------------------------------------------------------------- mixed precision, replayed steps
+
+
+def test_in_mixed_precision_a_student_is_the_same_alone_and_in_any_bundle(coloured):
+    train, blank = coloured
+    run = lambda students, seeds: train_students(  # noqa: E731
+        residual, students, seeds, train, residual(9).eval(), IMAGES, blank, acceleration=MIXED
+    ).state()
+    together = run(PAIR, [0, 3])
+    for k, seed in enumerate([0, 3]):
+        for c, student in enumerate(PAIR):
+            alone = run([student], [seed])
+            assert all(torch.equal(alone[name][0, 0], tensor[k, c]) for name, tensor in together.items())
+
+
+def test_mixed_precision_is_autocast_with_an_ordinary_loop(coloured):
+    """Weights and statistics stay single; the rest is what `torch.autocast` does to a module and `DistillationLoss`."""
+    train, blank = coloured
+    teacher, student, schedule = residual(9).eval(), PAIR[1], dataclasses.replace(IMAGES, decay="constant")
+    ours = train_students(residual, [student], [5], train, teacher, schedule, blank, acceleration=MIXED)
+    assert {tensor.dtype for tensor in ours.parameters.values()} == {torch.float32}
+    model, loss = residual(5), DistillationLoss(student.alpha, student.temperature, student.beta, student.scale)
+    steps = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=5e-4, momentum=0.9)
+    batches = Batches([5], train, schedule, blank)
+    for _ in range(3):
+        for batch in batches.epoch():
+            x = batches.inputs(batch)[0].contiguous(memory_format=torch.channels_last)
+            steps.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                z, v = model(x).float(), teacher(x).float().detach()
+            loss(z, v, train.y[batch.samples[0]]).backward()
+            steps.step()
+    single = train_students(residual, [student], [5], train, teacher, schedule, blank)
+    for name, tensor in model.named_parameters():
+        distance = (ours.parameters[name][0, 0] - tensor).norm() / tensor.norm()
+        from_single = (single.parameters[name][0, 0] - tensor).norm() / tensor.norm()
+        assert distance < 2e-2
+        assert distance <= max(from_single, 1e-3)
+
+
+def test_mixed_precision_is_near_single(coloured):
+    train, blank = coloured
+    run = lambda acceleration: train_students(  # noqa: E731
+        residual, PAIR, [0], train, residual(9).eval(), IMAGES, blank, acceleration=acceleration
+    ).predict(train.x)
+    single, mixed = run(PLAIN), run(MIXED)
+    assert not torch.equal(single, mixed)
+    assert (mixed - single).norm() / single.norm() < 0.05
+
+
+def test_teachers_in_mixed_precision(coloured):
+    """One without dropout is trained as a student of hard labels is; one with dropout by PyTorch's optimiser."""
+    train, blank = coloured
+    single = train_teacher(residual(0), train, IMAGES, 1, blank)(train.x)
+    mixed = train_teacher(residual(0), train, IMAGES, 1, blank, MIXED)
+    assert not mixed.training
+    assert 0 < (mixed(train.x) - single).norm() / single.norm() < 0.05
+    dropped = train_teacher(mlp([192, 9, 10], 0, 0.3, torch.float32), train, IMAGES, 1, blank, MIXED)
+    assert torch.isfinite(dropped(train.x)).all()
+
+
+@pytest.mark.parametrize("students", [PAIR, PAIR[:2]])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_reads_all_that_changes_from_its_arguments(coloured, monkeypatch, students, optimizer):
+    """A recording that is faked here: it runs the step again on the tensors that it was made with."""
+    train, blank = coloured
+    schedule = dataclasses.replace(IMAGES, optimizer=optimizer, epochs=6)
+    recordings = fake_graphs(monkeypatch)
+    run = lambda acceleration: train_students(  # noqa: E731
+        residual, students, [0, 3], train, residual(9).eval(), schedule, blank, acceleration=acceleration
+    ).predict(train.x)
+    expected, replayed = run(PLAIN), run(Acceleration(captured=True))
+    assert [recording.replays for recording in recordings] == [9, 3]  # of 12 full and 6 smaller batches, 3 warm up
+    torch.testing.assert_close(replayed, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_input(few, teacher_logits):
@@ -183,7 +336,3 @@ def test_bad_input(few, teacher_logits):
     }.items():
         with pytest.raises(ValueError, match=message):
             train_students(*arguments)
-    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        Schedule(epochs=0)
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, sgd, got 'adam'"):
-        Schedule(optimizer="adam")
