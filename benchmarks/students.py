@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import added_mebibytes
 from torch import Tensor, nn
 
 from rkd import DistillationLoss
+from rkd.benchmark import added_mebibytes
 from rkd.data import Split
 from rkd.models import build
 from rkd.objectives import Student

@@ -1,4 +1,4 @@
-"""The command line: `rkd study run | status | report`, `rkd data fetch`. Also as `python -m rkd.cli`.
+"""The command line: `rkd study run | status | report`, `rkd data fetch`, `rkd bench`. Also as `python -m rkd.cli`.
 
 Explained in the book: A.5, "Running a study".
 """
@@ -36,10 +36,13 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="bundles at once; one a core or GPU if not given")] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster")] = "local",
     address: Annotated[str | None, typer.Option(help="of the Ray cluster; found or started if not given")] = None,
+    budget: Annotated[float | None, typer.Option(help="seconds after which to stop, with all states kept")] = None,
+    mode: Annotated[str, typer.Option(help="auto, eager, graphs (CUDA graphs) or compiled (torch.compile)")] = "auto",
+    every: Annotated[float, typer.Option(min=0, help="seconds between two states of a bundle")] = 60.0,
 ) -> None:
     """Train all students that have no row in runs.csv yet; stop and run again as you like."""
     study = read_study(file)
-    run_study(study, out or _folder(file, study.name), device, workers, engine=engine, address=address)
+    run_study(study, out or _folder(file, study.name), device, workers, print, engine, address, budget, mode, every)
 
 
 @studies.command()
@@ -81,6 +84,27 @@ def report(file: StudyFile, out: Out = None) -> None:
 def fetch_data(name: Annotated[str, typer.Argument(help="mnist, fashion_mnist, cifar10 or cifar100")]) -> None:
     """Download an image set from its official source, and check it."""
     print(fetch(name))
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Annotated[Path, typer.Option(help="folder of loss-DEVICE.csv; what it has is not measured again")] = Path(),
+    classes: Annotated[list[int] | None, typer.Option(help="only these class counts; may be repeated")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="with --classes: tables of so many rows")] = None,
+    dtype: Annotated[str | None, typer.Option(help="only float32, bfloat16 or float16")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; PyTorch's choice if not given")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="medians are taken over so many")] = 15,
+    budget: Annotated[float | None, typer.Option(help="seconds after which no further table is begun")] = None,
+) -> None:
+    """Measure the loss and its peers: milliseconds, memory, GB/s. Stop and run again as you like."""
+    from rkd import benchmark
+
+    cases = benchmark.choose(device, classes, rows, dtype)
+    for row in benchmark.bench(out, device, cases, threads, repetitions, budget):
+        what = f"{row['rows']:,} x {row['classes']:,}" + (f" of {row['hidden']:,}" if row["hidden"] else "")
+        speed = f"{row['gb_per_s']} of {row['copy_gb_per_s']} GB/s" if row["gb_per_s"] else ""
+        print(f"{what:>16} {row['dtype']:8} {row['loss']:26} {row['full_ms']:>10.3f} ms  {speed}", flush=True)
 
 
 def _folder(file: Path, name: str) -> Path:

@@ -10,10 +10,11 @@ result where value and gradient lie a million times above that. The others (near
 enormous logits), other orders, float64 logits and accelerators take the way of `rkd.logits`, which suits every row.
 Exponentials are powers of 2, the fastest there are. The gradient is made in the forward pass, while its row is in the
 cache, so nothing but the gradient is kept for the backward pass.
-Explained in the book: section 2.1, "The objective".
+Book: 2.1.1, "The Objective".
 """
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _LARGEST_SIZE = 900.0  # |A| + |B| + |M|: sums of powers between 2^±900 are far
 _LOWEST_EXPONENT = -1e5  # of the student, which α > 1 turns upside down
 _BYTES_IN_CACHE = 2**21  # of a thread
 _BYTES_ON_DEVICE = 2**28
+_SMALL = 2**14  # numbers in float64 that cost no system call
+_thread = threading.local()
 
 
 def can_visit(student: Tensor, teacher: Tensor) -> bool:
@@ -51,9 +54,9 @@ def weighted_divergence(
 ) -> Tensor:
     """weight·D_α of each row (D_α/α if `per_order`), or its sum over all rows if `total`; differentiable in `student`.
 
-    Logits (..., n) of one floating dtype and shape; `alpha`, `temperature` and `weight` >= 0 are numbers or broadcast
-    against the leading axes. A row of weight 0 counts as 0 and gets zero gradient, whatever it holds. The result is
-    float32, or float64 for float64 logits. Not for use inside `torch.func`.
+    Logits (..., n) of one shape, both in float64 or neither; `alpha`, `temperature` and `weight` >= 0 are numbers or
+    broadcast against the leading axes. A row of weight 0 counts as 0 and gets zero gradient, whatever it holds. The
+    result is float32, or float64 for float64 logits. Not for use inside `torch.func`.
     """
     settings = (alpha, temperature, per_order, weight)
     if student.requires_grad and torch.is_grad_enabled():
@@ -70,16 +73,18 @@ def visit(
     per_order: bool,
     weight: Order,
     gradient: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """weight·D_α of each row, (rows,), float64 on a CPU; if asked for, its gradient, of the student's shape and dtype.
+    """weight·D_α of each row, (rows,), float64 on a CPU; if asked for, its gradient, of the student's shape.
 
-    Arguments as in `weighted_divergence`. To be called where no gradients are recorded.
+    Arguments as in `weighted_divergence`; `dtype` is that of the gradient, the student's if not given. To be called
+    where no gradients are recorded.
     """
     leading, n = student.shape[:-1], student.shape[-1]
     z, v = (student, teacher) if student.dim() == 2 else (student.reshape(-1, n), teacher.reshape(-1, n))
     temperature, weight = column(temperature, leading), column(weight, leading)
     alpha = column(alpha, leading) if isinstance(alpha, Tensor) else settle(alpha)
-    slope = torch.empty_like(z, memory_format=torch.contiguous_format) if gradient else None
+    slope = torch.empty_like(z, dtype=dtype, memory_format=torch.contiguous_format) if gradient else None
     parts: list[Any] = []
     if z.device.type == "cpu" and z.dtype != torch.float64 and z.numel() and _is_direct(alpha, per_order):
         values, kept = _direct(z, v, alpha, temperature, per_order, weight, slope)
@@ -121,7 +126,7 @@ class _WeightedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, v: Tensor, settings: _Settings, total: bool) -> Tensor:
-        values, ctx.gradient = visit(z, v, *settings, True)
+        values, ctx.gradient = visit(z, v, *settings, True, _until_weighed(z.dtype))
         ctx.settings = settings
         ctx.save_for_backward(z, v)
         return _shape(values, z, total)
@@ -134,8 +139,13 @@ class _WeightedDivergence(torch.autograd.Function):
             return _differentiable_gradient(z, v, grad, *settings), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient = visit(z, v, *settings, True)[1]
-        return weigh(gradient, grad), None, None, None
+            gradient = visit(z, v, *settings, True, _until_weighed(z.dtype))[1]
+        return weigh(gradient, grad).to(z.dtype), None, None, None
+
+
+def _until_weighed(dtype: torch.dtype) -> torch.dtype:
+    """float16 waits for the incoming gradient, the loss scale of mixed precision, lest it underflows."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def weigh(gradient: Tensor, grad: Tensor) -> Tensor:
@@ -170,66 +180,81 @@ def _shape(values: Tensor, logits: Tensor, total: bool) -> Tensor:
 
 
 def _is_direct(alpha: Order, per_order: bool) -> bool:
-    return isinstance(alpha, float) and (_ORDERS[0] <= alpha <= _ORDERS[1] or (alpha == 0.0 and per_order))
+    return isinstance(alpha, Tensor) or _ORDERS[0] <= alpha <= _ORDERS[1] or (alpha == 0.0 and per_order)
 
 
 def _direct(
     z: Tensor, v: Tensor, alpha: Any, temperature: Order, per_order: bool, weight: Order, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """weight·D_α of each row by the formulas, (rows,), and which rows may keep it, None for all; fills `slope`."""
-    if per_order and alpha:
+    varied, ignored = isinstance(alpha, Tensor), weight == 0.0 if isinstance(weight, Tensor) else None
+    if varied:
+        alpha = alpha.double()
+    if per_order and (varied or alpha):
         weight = weight / alpha
     bits, per_logit = _BITS / temperature, weight / temperature
     parts = _slices(z, 24)
+    logits = _scratch(3, min(parts[0].stop, z.shape[0]), z.shape[1])
     if len(parts) == 1:
-        divergence, logs, quality = _direct_rows(torch.stack((z, v, v)).double(), alpha, bits, per_logit, slope)
+        divergence, logs, steepest, lowest = _direct_rows(z, v, logits, alpha, bits, per_logit, slope)
     else:
-        buffer = torch.empty(3, parts[0].stop, z.shape[1], dtype=torch.float64)
-        pieces = []
+        columns, lowest = [], math.inf
         for part in parts:
-            rows = z[part]
-            logits = buffer[:, : rows.shape[0]]
-            logits[0].copy_(rows)
-            logits[1].copy_(v[part])
-            by_z = None if slope is None else slope[part]
-            pieces.append(_direct_rows(logits, alpha, pick(bits, part), pick(per_logit, part), by_z))
-        divergence, logs, quality = (torch.cat(x, -2) for x in zip(*pieces, strict=True))
-    values = (divergence * (weight / _BITS)).squeeze(-1)
-    if isinstance(weight, Tensor):
-        values.masked_fill_((weight == 0.0).squeeze(-1), 0.0)
-    loss_of_digits = _MARGIN / (min(1.0, abs(alpha - 1.0)) or 1.0)
-    largest = len(logs) * float(logs.abs().amax())
-    if largest < _LARGEST_SIZE and float(quality.amin()) >= loss_of_digits * (64.0 + largest):
-        return values, None
+            rows, by_z = z[part], None if slope is None else slope[part]
+            settings = pick(alpha, part), pick(bits, part), pick(per_logit, part)
+            *results, lower = _direct_rows(rows, v[part], logits[:, : rows.shape[0]], *settings, by_z)
+            columns.append(results)
+            lowest = min(lowest, lower)
+        divergence, logs, steepest = (torch.cat(x, -2) for x in zip(*columns, strict=True))
+    values = (divergence * (weight / _BITS)).view(-1)
+    if ignored is not None:
+        values.masked_fill_(ignored.view(-1), 0.0)
+    if varied:
+        loss_of_digits = _MARGIN / (alpha - 1.0).abs().clamp_(max=1.0)
+    else:
+        loss_of_digits = _MARGIN / (min(1.0, abs(alpha - 1.0)) or 1.0)
+    if not (varied or isinstance(per_logit, Tensor)) and lowest >= _LOWEST_EXPONENT:  # all rows at once
+        bottom, top = logs.aminmax()
+        largest = len(logs) * max(-bottom.item(), top.item())
+        least = loss_of_digits * (64.0 + largest)
+        valued = largest < _LARGEST_SIZE and divergence.amin().item() >= least
+        if valued and (slope is None or steepest.amin().item() >= least * per_logit):
+            return values, None
     size = logs.abs().sum(0)
+    quality = divergence if slope is None else torch.minimum(divergence, steepest / per_logit)
     kept = (quality >= (64.0 + size) * loss_of_digits) & (size < _LARGEST_SIZE)
-    if isinstance(weight, Tensor):
-        ignored = (weight == 0.0).squeeze(-1)
-        kept.squeeze(-1).logical_or_(ignored)
+    if not lowest >= _LOWEST_EXPONENT:
+        kept &= z.amin(-1, keepdim=True) * bits >= _LOWEST_EXPONENT
+    if varied:
+        kept &= (alpha >= _ORDERS[0]) & (alpha <= _ORDERS[1])
+    if ignored is not None:
+        kept |= ignored
         if slope is not None:
-            slope[ignored] = 0.0
-    return values, kept.squeeze(-1)
+            slope.masked_fill_(ignored, 0.0)
+    return values, kept.view(-1)
 
 
 def _direct_rows(
-    logits: Tensor, alpha: float, bits: Order, per_logit: Order, slope: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D_α, the logarithms A, B and M, and the lesser of D_α and the largest q − w, (rows, 1), in bits; fills `slope`.
+    z: Tensor, v: Tensor, logits: Tensor, alpha: Any, bits: Order, per_logit: Order, slope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """D_α, the logarithms A, B and M, and the largest entry of `slope`, which is filled: (rows, 1), in bits.
 
-    `logits` hold z, v and space for a third, (3, rows, n), and are overwritten. D_α/α and (q − w)/α for α = 0.
+    Last, the lowest exponent of the student if it matters. `logits`, (3, rows, n), are scratch. D_α/α and (q − w)/α for
+    α = 0.
     """
     q, p, third = logits.unbind()
-    ends = logits[:2].mul_(bits)
-    if 0.0 < alpha != 1.0:
+    q.copy_(z)
+    p.copy_(v)
+    ends, lowest, varied = logits[:2].mul_(bits), math.inf, isinstance(alpha, Tensor)
+    if varied or 0.0 < alpha != 1.0:
         torch.lerp(q, p, alpha, out=third)
-        lowest = q.amin(-1, keepdim=True) if alpha > 1.0 else None
+        if varied or alpha > 1.0:
+            lowest = q.amin().item()
         sums = logits.exp2_().sum(-1, keepdim=True)
         logs = sums.log2()
         log_q, log_p, log_w = logs.unbind()
-        divergence = (log_w - alpha * log_p - (1.0 - alpha) * log_q) / (alpha - 1.0)
-        if lowest is not None:
-            divergence.masked_fill_(lowest < _LOWEST_EXPONENT, math.nan)
-        ends, sums, w = logits[::2], sums[::2], third
+        divergence = torch.lerp(log_q, log_p, alpha).sub_(log_w).mul_(1.0 / (1.0 - alpha))
+        w = third
     else:
         torch.sub(p, q, out=third)
         sums = ends.exp2_().sum(-1, keepdim=True)
@@ -237,18 +262,34 @@ def _direct_rows(
         log_q, log_p = logs.unbind()
         own = int(alpha)
         mean = third.mul_(p if own else q).sum(-1, keepdim=True).div_(sums[own])
-        divergence = mean - (log_p - log_q) if own else log_p - log_q - mean
+        divergence = log_q.sub(log_p).add_(mean) if own else log_p.sub(log_q).sub_(mean)
         if not own:  # the gradient is a difference of terms of this size
             logs = torch.cat((logs, mean.unsqueeze(0)))
         w = p
     if slope is None:
-        return divergence, logs, divergence
-    if alpha:
-        ends.mul_(per_logit / sums)
-        slope.copy_(q.sub_(w))
+        return divergence, logs, divergence, lowest
+    if varied or alpha:
+        factors = per_logit / sums
+        slope.copy_(q.mul_(factors[0]).addcmul_(w, factors[-1], value=-1.0))
     else:
         slope.copy_(q.mul_(mean).sub_(third).mul_(per_logit / sums[0] / _BITS))
-    return divergence, logs, torch.minimum(divergence, slope.amax(-1, keepdim=True).div_(per_logit))
+    return divergence, logs, slope.amax(-1, keepdim=True), lowest
+
+
+def _scratch(*shape: int) -> Tensor:
+    """Uninitialised float64 memory of this shape: between 128 KiB and a cacheful, the same for every call of a thread.
+
+    New memory of that size comes from the system page by page, which takes as long as the loss.
+    """
+    size = math.prod(shape)
+    cheap = size < _SMALL or 8 * size > _BYTES_IN_CACHE * torch.get_num_threads()
+    if cheap or torch._C._len_torch_dispatch_stack():
+        return torch.empty(shape, dtype=torch.float64, device="cpu")
+    memory = getattr(_thread, "memory", None)
+    if memory is None or memory.numel() < size:
+        with torch.inference_mode(False):
+            memory = _thread.memory = torch.empty(size, dtype=torch.float64, device="cpu")
+    return memory[:size].view(shape)
 
 
 def _slices(z: Tensor, bytes_per_logit: int) -> list[slice]:
