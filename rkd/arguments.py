@@ -13,7 +13,7 @@ ArrayLike = Any
 
 
 def check_order(alpha: ArrayLike, like: Tensor) -> Order:
-    """The order as a float, or as a tensor of `like`'s dtype and device. Raises on negative or NaN orders.
+    """The order as a float, or as a tensor of `like`'s dtype, float32 at least, and device. Raises on negative or NaN.
 
     Tensors on an accelerator are not inspected, since that would wait for the device: there a bad order gives NaN.
     """
@@ -50,7 +50,7 @@ def _number_or_tensor(name: str, value: Any, like: Tensor, accepted: str, valid:
         bad = tensor[~valid(tensor)]
         if bad.numel():
             raise ValueError(f"{name} must be {accepted}, got {bad.flatten()[0].item()!r}")
-    return tensor.to(dtype=like.dtype, device=like.device)
+    return tensor.to(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def can_inspect(tensor: Tensor) -> bool:
@@ -94,7 +94,7 @@ def as_probabilities(name: str, value: ArrayLike) -> Tensor:
 
 
 def check_logits(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-    """Both logits in float32 or float64; raises unless they are floating tensors of one shape (..., n)."""
+    """Both logits, in float64 if one is; raises unless they are floating tensors of one shape (..., n)."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a torch tensor, got {type(logits).__name__}")
@@ -107,8 +107,14 @@ def check_logits(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
         )
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits must hold classes on the last axis, got shape {tuple(student.shape)}")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.to(dtype)
+    if torch.float64 in (student.dtype, teacher.dtype):
+        return student.double(), teacher.double()
+    return student, teacher
+
+
+def widen(*logits: Tensor) -> list[Tensor]:
+    """Half precision in float32."""
+    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in logits]
 
 
 def check_class_mask(mask: Any, logits: Tensor) -> None:

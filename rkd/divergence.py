@@ -7,7 +7,9 @@ The module owns one formula, shared with `rkd.loss`. With r = log(p/q), h = α �
 every order is D_α = log(1 + h·H_α)/h with H_α = Σ q ψ_α(r), a sum of terms that are never negative. That sum does
 not cancel near α = 1 or near P = Q, where the textbook formula (1.16) loses every digit. Orders below 1/2 are reached
 by skew symmetry, D_α(P‖Q)/α = D_{1−α}(Q‖P)/(1−α), so no division by a small α occurs either.
-Explained in the book: section 1.2 (the divergence) and 2.1 (the algorithm). All values are in nats.
+All values are in nats.
+
+Book: 1.2, "Rényi Divergence"; 2.1.1, "The Objective".
 """
 
 import math
@@ -48,7 +50,9 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
         TypeError: an argument is not numeric, or gradients with respect to `alpha` are asked for.
         ValueError: `p` or `q` is negative, not finite or does not sum to 1; shapes differ; `alpha` is negative or NaN.
 
-    Source: van Erven & Harremoës, arXiv:1206.2459, definitions 1-2, theorems 4-6. Book: section 1.2.
+    Source: van Erven & Harremoës, arXiv:1206.2459, definitions 1-2, theorems 4-6.
+
+    Book: 1.2, "Rényi Divergence".
     """
     as_numpy = not (isinstance(p, Tensor) or isinstance(q, Tensor))
     p_row, q_row = as_probabilities("p", p), as_probabilities("q", q)
@@ -79,7 +83,9 @@ def renyi_divergence(p: ArrayLike, q: ArrayLike, alpha: ArrayLike) -> Any:
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> Any:
     """Kullback-Leibler divergence D_KL(P‖Q) = Σ p log(p/q), eq. (1.4), in nats: `renyi_divergence` at order 1.
 
-    Arguments, shapes, conventions and errors are those of `renyi_divergence`. Book: section 1.1.
+    Arguments, shapes, conventions and errors are those of `renyi_divergence`.
+
+    Book: 1.1, "Knowledge Distillation".
     """
     return renyi_divergence(p, q, 1.0)
 
@@ -96,6 +102,8 @@ def softmax(logits: ArrayLike, temperature: float = 1.0) -> Any:
 
     Raises:
         ValueError: `temperature` is not positive and finite, or `logits` hold NaN or +inf.
+
+    Book: 1.1, "Knowledge Distillation".
     """
     scores = as_floating("logits", logits)
     temperature = check_positive("temperature", temperature)

@@ -1,9 +1,10 @@
 """The same loss over chunks of rows, from hidden states and the weights of the last layer: logits that never exist.
 
-A chunk's logits are made, visited once for value and gradient (`rkd.rows`), folded into the gradients of the student's
+A chunk's logits are made, visited once for value and gradient (`rkd.rows`; on a GPU with Triton `rkd.operators`, which
+puts the gradient in the place of the student's logits), folded into the gradients of the student's
 hidden states and weights, and forgotten. The memory needed beside those gradients is that of one chunk, whatever the
 number of samples times classes.
-Explained in the book: section 2.1, "The objective".
+Book: 2.1.1, "The Objective".
 """
 
 from numbers import Real
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rkd.arguments import Order, check_fits, check_labels, check_order, check_temperature
 from rkd.loss import REDUCTIONS, Scale, parse_scale, row_weights
+from rkd.operators import can_launch, scale_, visit_in_place
 from rkd.rows import column, pick, visit, weigh
 
 # of both logits and the gradient of a chunk
@@ -62,7 +64,9 @@ def fused_linear_renyi_kd_loss(
         ValueError: shapes do not fit, dtypes of one network differ, `labels` are missing, or an argument lies outside
             what is accepted above.
 
-    Source: the chunks follow Liger-Kernel's fused linear losses (Hsu et al., arXiv:2410.10989). Book: section 2.1.
+    Source: the chunks follow Liger-Kernel's fused linear losses (Hsu et al., arXiv:2410.10989).
+
+    Book: 2.1.1, "The Objective".
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -151,7 +155,7 @@ class _FusedLinear(torch.autograd.Function):
             rows = None if task.total else grad.reshape(-1)
             gradients = _over_chunks(tensors, task, ctx.wanted, rows)[1]
         if task.total and not late:
-            gradients = [None if x is None else weigh(x, grad) for x in gradients]
+            gradients = [None if x is None else _scaled(x, grad) for x in gradients]
         typed = [
             None if x is None else x.to(like.dtype).view_as(like)
             for x, like in zip(gradients, tensors[:3], strict=True)
@@ -162,6 +166,15 @@ class _FusedLinear(torch.autograd.Function):
 def _underflows(hidden: Tensor, task: _Task) -> bool:
     """float16 needs the scale of the incoming gradient before it rounds."""
     return (task.narrow or hidden.dtype) == torch.float16
+
+
+def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """grad·gradient for a number `grad`; on a GPU nothing is touched where it is 1, which only the device knows."""
+    if not can_launch(gradient, gradient):
+        return weigh(gradient, grad)
+    rows = gradient if gradient.dim() == 2 else gradient.unsqueeze(0)
+    scale_(rows, grad.expand(rows.shape[0]))
+    return gradient
 
 
 def _shape(values: Tensor, task: _Task) -> Tensor:
@@ -180,10 +193,12 @@ def _over_chunks(
     (rows, _), n = hidden.shape, weight.shape[0]
     sums = torch.promote_types(weight.dtype, torch.float32)
     by_hidden = torch.empty_like(hidden) if wanted[0] else None
-    by_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
     by_bias = torch.zeros(n, dtype=sums, device=weight.device) if wanted[2] else None
     values = torch.empty(rows, dtype=torch.float64 if weight.device.type == "cpu" else task.wide, device=weight.device)
-    step = max(1, _BYTES_OF_A_CHUNK.get(weight.device.type, 3 * 2**28) // (3 * task.wide.itemsize * n))
+    per_logit = 2 * weight.itemsize if can_launch(weight, weight) else 3 * task.wide.itemsize
+    step = max(1, _BYTES_OF_A_CHUNK.get(weight.device.type, 3 * 2**28) // (per_logit * n))
+    at_once = 0 < rows <= step  # then there is no sum to take
+    by_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] and not at_once else None
     with torch.autocast(weight.device.type, enabled=False):
         for start in range(0, rows, step):
             part = slice(start, start + step)
@@ -198,7 +213,9 @@ def _over_chunks(
                 by_z = weigh(by_z, upstream[part])
             if by_hidden is not None:
                 torch.mm(by_z, weight, out=by_hidden[part])
-            if by_weight is not None and by_z.dtype == sums:
+            if wanted[1] and at_once:
+                by_weight = by_z.t() @ x
+            elif by_weight is not None and by_z.dtype == sums:
                 by_weight.addmm_(by_z.t(), x)
             elif by_weight is not None:
                 by_weight += by_z.t() @ x
@@ -210,6 +227,13 @@ def _over_chunks(
 def _visit_chunk(z: Tensor, v: Tensor, task: _Task, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Soft and hard loss of a chunk's rows, and their gradient in its logits."""
     alpha, temperature, soft = (pick(x, part) for x in (task.alpha, task.temperature, task.soft))
+    if can_launch(z, v):
+        hard: Order = 0.0
+        labels = None
+        if task.hard is not None and task.labels is not None:
+            hard, labels = _flat(pick(task.hard, part)), task.labels[part].squeeze(-1)
+        value = visit_in_place(z, v, alpha, temperature, task.per_order, soft, hard, labels, gradient)
+        return value, z if gradient else None
     value, by_z = visit(z, v, alpha, temperature, task.per_order, soft, gradient)
     if task.hard is None or task.labels is None:
         return value, by_z
@@ -222,6 +246,10 @@ def _visit_chunk(z: Tensor, v: Tensor, task: _Task, part: slice, gradient: bool)
         by_hard = log_q.exp_().scatter_add_(-1, targets, log_q.new_full((), -1.0).expand(targets.shape))
         by_z += by_hard.mul_(hard).masked_fill_(ignored, 0.0).to(by_z.dtype)
     return value, by_z
+
+
+def _flat(x: Order) -> Order:
+    return x.squeeze(-1) if isinstance(x, Tensor) else x
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype | None:

@@ -7,7 +7,7 @@ turns r into D_α. The gradient in z is (q − w)/T, with w = softmax((αv + (1�
 it is bounded (its absolute values sum to at most 2/T) and needs no division by α − 1.
 Rows so wide that a value or a gradient is e^{-x}, x >> 1, carry the rounding of x, a few ulps times the |αv| + |(1−α)z|
 over T that cancel in it: rounding the logits and α would move such entries about as far (float32: 1e-5 at sums of 100).
-Explained in the book: section 2.1, "The objective".
+Book: 2.1.1, "The Objective"; 2.1.3, "Gradient and Curvature".
 """
 
 import math

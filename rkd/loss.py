@@ -1,8 +1,9 @@
 """The distillation loss of eq. (1.13) with the Rényi divergence in place of (1.11): scales, masks, reductions.
 
 The divergence and its gradient come from `rkd.rows`, a cacheful at a time, where it can be used: on a CPU, for the
-student's gradient alone, outside `torch.func` and `torch.compile`. Elsewhere they come from `rkd.logits`.
-Explained in the book: section 2.1, "The objective".
+student's gradient alone, outside `torch.func` and `torch.compile`; on a GPU with Triton they come from `rkd.operators`,
+cross-entropy included. Elsewhere they come from `rkd.logits`.
+Book: 2.1.1, "The Objective".
 """
 
 import math
@@ -21,8 +22,10 @@ from rkd.arguments import (
     check_logits,
     check_order,
     check_temperature,
+    widen,
 )
 from rkd.logits import renyi_from_logits
+from rkd.operators import can_launch, weighted_loss
 from rkd.rows import can_visit, weighted_divergence
 
 REDUCTIONS = ("batchmean", "sum", "none")
@@ -66,10 +69,15 @@ def renyi_kd_loss(
         TypeError: logits are not floating tensors; `alpha` or `temperature` require gradients.
         ValueError: shapes differ, or an argument lies outside what is accepted above.
 
-    Source: van Erven & Harremoës, arXiv:1206.2459, theorem 30 (the mixture w). Book: section 2.1.
+    Source: van Erven & Harremoës, arXiv:1206.2459, theorem 30 (the mixture w).
+
+    Book: 2.1.1, "The Objective".
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if can_launch(student_logits, teacher_logits):
+        settings = (alpha, temperature, scale, reduction, class_mask, labels, ignore_index)
+        return _launched(student_logits, teacher_logits, *settings)
     student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
     order = check_order(alpha, student_logits)
     temperature = check_temperature(temperature, student_logits)
@@ -88,6 +96,7 @@ def renyi_kd_loss(
         return weighted_divergence(
             student_logits, teacher_logits, order, temperature, per_order, weight, reduction != "none"
         )
+    student_logits, teacher_logits = widen(student_logits, teacher_logits)
     rows = factor * renyi_from_logits(student_logits, teacher_logits, order, temperature, per_order)
     if labels is None:
         return _reduce(rows, reduction, rows.numel())
@@ -111,7 +120,7 @@ class DistillationLoss(nn.Module):
 
     Raises: as `renyi_kd_loss`; ValueError for `beta` outside [0, 1] or labels outside [0, n).
 
-    Book: sections 1.1 and 2.1.
+    Book: 1.1, "Knowledge Distillation"; 2.1.1, "The Objective".
     """
 
     def __init__(
@@ -143,6 +152,9 @@ class DistillationLoss(nn.Module):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, class_mask: Tensor | None = None
     ) -> Tensor:
         """The loss of one batch, a scalar in nats."""
+        if can_launch(student_logits, teacher_logits):
+            settings = (self.alpha, self.temperature, self.scale, "batchmean", class_mask, labels, self.ignore_index)
+            return _launched(student_logits, teacher_logits, *settings, beta=self.beta)
         student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
         check_labels(labels, student_logits, self.ignore_index)
         soft = renyi_kd_loss(
@@ -157,6 +169,7 @@ class DistillationLoss(nn.Module):
         )
         if class_mask is not None:
             student_logits = student_logits.masked_fill(~class_mask, -math.inf)
+        (student_logits,) = widen(student_logits)
         flat, targets = student_logits.reshape(-1, student_logits.shape[-1]), labels.reshape(-1)
         ignored = targets == self.ignore_index
         flat = flat.masked_fill(ignored.unsqueeze(-1), 0.0)  # else NaN logits of an ignored sample reach its gradient
@@ -166,6 +179,45 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, temperature={self.temperature}, beta={self.beta}, scale={self.scale!r}"
+
+
+def _launched(
+    student: Tensor,
+    teacher: Tensor,
+    alpha: float | Tensor,
+    temperature: float | Tensor,
+    scale: Scale,
+    reduction: str,
+    class_mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    beta: float = 1.0,
+) -> Tensor:
+    """(1 − β)·L_CE + β·s·D_α of logits for which `can_launch` holds."""
+    leading = student.shape[:-1]
+    like = student.new_empty(0, dtype=torch.float32)
+    order, heat = check_order(alpha, like), check_temperature(temperature, like)
+    for name, setting in (("alpha", order), ("temperature", heat)):
+        if isinstance(setting, Tensor):
+            check_fits(name, setting, leading)
+    factor, per_order = parse_scale(scale, order, heat)
+    if class_mask is not None:
+        check_class_mask(class_mask, student)
+    if labels is not None:
+        check_labels(labels, student, ignore_index)
+    soft, hard = (row_weights(x, reduction, leading, labels, ignore_index) for x in (beta * factor, 1.0 - beta))
+    return weighted_loss(
+        student,
+        teacher,
+        order,
+        heat,
+        per_order,
+        soft,
+        hard=0.0 if beta == 1.0 else hard,
+        labels=None if beta == 1.0 else labels,
+        class_mask=class_mask,
+        total=reduction != "none",
+    )
 
 
 def row_weights(

@@ -1,8 +1,9 @@
 """What may be said about a difference: intervals and tests for means over seeds, corrected for how many are made.
 
 Runs of one seed share initial weights and batch order, so methods are compared by their differences seed by seed.
-Numbers are in the unit of what is compared, such as points of accuracy. Explained in the book: section 2.2,
-"How Methods Are Compared".
+Numbers are in the unit of what is compared, such as points of accuracy.
+
+Book: 2.2.1, "How Methods Are Compared".
 """
 
 import math

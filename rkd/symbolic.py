@@ -6,7 +6,7 @@ a formula. The number of classes `n` is a symbol (statements for every n) or an 
 `holds`, `holds_for` and `agrees` raise `DoesNotHold` when a line is false, `fails` when a line that is said to be
 misprinted turns out true. Each returns a `Check`, which a notebook shows as a small mark and stores with its output;
 the book's equation ledger is read back from those stored outputs (`recorded`), never typed.
-Explained in the book: attachment A.1, the equation ledger.
+Book: A.1, "Equation ledger".
 """
 
 import json

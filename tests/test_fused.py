@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -154,6 +155,33 @@ class TestRowsAgainstThePlainPath:
         assert gradient.dtype == dtype
         torch.testing.assert_close(value, exact, rtol=1e-5, atol=0)
         torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0.01, atol=1e-4)
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)])
+    def test_half_precision_is_not_widened_as_a_whole(self, dtypes, monkeypatch):
+        """float16 gradients below its smallest number survive until the loss scale has multiplied them."""
+        monkeypatch.setattr(rkd.loss, "widen", lambda *_: pytest.fail("the whole tensor was converted"))
+        z, v = (x.to(dtype) for x, dtype in zip(torch.randn(2, 64, 50), dtypes))
+        z.requires_grad_()
+        loss = renyi_kd_loss(z, v, 2.0, scale=2.0**-12)
+        (2.0**16 * loss).backward()
+        exact, exact_gradient = plain(z.detach(), v, 2.0, 4.0)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), exact.mean() * 2.0**-12, rtol=1e-5, atol=0)
+        torch.testing.assert_close(z.grad.double(), 16 / 64 * exact_gradient, rtol=0.005, atol=2.0**-24)
+
+    def test_scratch_memory_serves_every_mode_and_thread(self):
+        """Made in inference mode, used with gradients; eight threads at once do not share it."""
+        z, v = torch.randn(2, 8, 64, 200)
+        rkd.rows._thread.__dict__.clear()
+        with torch.inference_mode():
+            renyi_kd_loss(z[0], v[0], 2.0)
+        assert rkd.rows._thread.memory.numel() >= 3 * 64 * 200
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda x: visited(*x, 2.0), [*zip(z, v)] * 20))
+        for i, (a, b) in enumerate(zip(z, v)):
+            assert_close(results[i], plain(a, b, 2.0))
+            for j in range(i, 160, 8):
+                assert all((a == b).all() for a, b in zip(results[j], results[i]))
 
     def test_strided_logits(self):
         z, v = torch.randn(2, 9, 40).transpose(1, 2)
