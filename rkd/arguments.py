@@ -55,8 +55,9 @@ def _number_or_tensor(name: str, value: Any, like: Tensor, accepted: str, valid:
 
 def can_inspect(tensor: Tensor) -> bool:
     """Whether looking at the entries is free: not on an accelerator, not while compiling, not inside `torch.func`."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not wrapped
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def as_floating(name: str, value: ArrayLike) -> Tensor:

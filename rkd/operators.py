@@ -5,7 +5,8 @@ gradient in: five times the bytes of the logits of one network. Rows of which a 
 are in flight get their gradient at once, while they are there: three times. Nothing waits for the device, so a CUDA
 graph can record it, and `torch.compile` sees operators of known shapes.
 The environment variable RKD_TRITON, read on import, chooses: 0 never; 1 always, also on a CPU under Triton's
-interpreter (TRITON_INTERPRET=1, for tests); otherwise on GPUs where Triton is installed and compiles.
+interpreter (TRITON_INTERPRET=1, for tests); otherwise on GPUs where Triton is installed, and where a first launch gives
+what the plain path gives.
 Book: 2.1.1, "The Objective".
 """
 
@@ -27,6 +28,7 @@ from rkd.rows import weigh
 _CHOICE = os.environ.get("RKD_TRITON", "auto")
 _INSTALLED = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TOLERANCE = 2e-5  # of the first launches
 
 
 def can_launch(student: Any, teacher: Any) -> bool:
@@ -44,16 +46,28 @@ def can_launch(student: Any, teacher: Any) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
-        and _compiles(student.device)
+        and _holds(student.device)
     )
 
 
 @functools.cache
-def _compiles(device: torch.device) -> bool:
-    """Whether a first launch succeeds; a warning says why not."""
-    z = torch.zeros(1, 2, device=device)
+def _holds(device: torch.device) -> bool:
+    """Whether both kernels give on this device what the plain path gives on a CPU, tried once. Else a warning."""
+    random = torch.Generator().manual_seed(0)
     try:
-        visit(z, z, *[None] * 6, 1.0, 1.0, 1.0, 0.0, False, False)
+        with torch.inference_mode(False), torch.enable_grad():
+            for shape in ((8, 300), (64, 4099)):  # `rkd.launches.FEW_LOGITS` lies between them
+                z, v = torch.randn(2, *shape, generator=random).unbind()
+                leaf, exact_leaf = z.to(device).requires_grad_(), z.double().requires_grad_()
+                exact = renyi_from_logits(exact_leaf, v.double(), 2.0, 1.0, False)
+                values = weighted_loss(leaf, v.to(device), 2.0, 1.0, False, 1.0)
+                (exact_slope,) = torch.autograd.grad(exact.sum(), exact_leaf)
+                (slope,) = torch.autograd.grad(values.sum(), leaf)
+                by_value = (values.cpu() - exact) / exact
+                by_slope = (slope.cpu() - exact_slope) / exact_slope.abs().amax(-1, keepdim=True)
+                worst = max(error.abs().max().item() for error in (by_value, by_slope))
+                if not worst <= _TOLERANCE:
+                    raise ArithmeticError(f"relative error {worst:.1g} on {shape[0]} rows of {shape[1]} classes")
     except Exception as error:
         warnings.warn(f"Triton kernels are not used: {type(error).__name__}: {error}"[:400], stacklevel=4)
         return False

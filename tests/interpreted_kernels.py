@@ -4,6 +4,7 @@ Run by `test_kernels.py` in a process of its own: TRITON_INTERPRET has to be set
 test is to see it. By hand: TRITON_INTERPRET=1 RKD_TRITON=1 pytest tests/interpreted_kernels.py
 """
 
+import functools
 import math
 
 import pytest
@@ -188,14 +189,20 @@ class TestChoice:
         monkeypatch.setattr(rkd.operators, "_CHOICE", "0")
         assert not can_launch(z, v)
 
+    @only_fast
     def test_a_gpu_without_a_compiler_is_told_once(self, monkeypatch):
-        rkd.operators._compiles.cache_clear()
+        monkeypatch.setattr(rkd.operators, "_holds", functools.cache(rkd.operators._holds.__wrapped__))
         monkeypatch.setattr(rkd.launches, "power_of_2", lambda *_: 1 / 0)
         z, v = torch.randn(2, 3, 4)
         with pytest.warns(UserWarning, match="Triton kernels are not used: ZeroDivisionError"):
             assert not can_launch(z, v)
         assert not can_launch(z, v)
-        rkd.operators._compiles.cache_clear()
+
+    @only_fast
+    def test_a_gpu_that_computes_something_else_is_told(self, monkeypatch):
+        monkeypatch.setattr(rkd.operators, "weighted_loss", lambda *a, **k: 1.0001 * weighted_loss(*a, **k))
+        with pytest.warns(UserWarning, match="Triton kernels are not used: ArithmeticError: relative error 0.0001"):
+            assert not rkd.operators._holds.__wrapped__(torch.device("cpu"))
 
 
 def by_the_plain_path(monkeypatch, function):
@@ -332,9 +339,12 @@ class TestOperators:
 
     @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("dynamic", [False, True])
-    def test_compiles_as_one_graph(self, dynamic):
+    @pytest.mark.parametrize("hard", [False, True])
+    def test_compiles_as_one_graph(self, dynamic, hard):
         z, v = torch.randn(2, 4, 30).unbind()
-        loss = lambda z, v: renyi_kd_loss(z, v, 0.5, 2.0)  # noqa: E731
+        labels = torch.tensor([0, -100, 29, 3])
+        combined = DistillationLoss(0.5, torch.tensor([1.0, 2.0, 3.0, 4.0]), beta=0.5)
+        loss = lambda z, v: combined(z, v, labels) if hard else renyi_kd_loss(z, v, 0.5, 2.0)  # noqa: E731
         torch._dynamo.reset()
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         results = []
