@@ -3,7 +3,7 @@
 The losses of `rkd.peers` run in one process and interleaved, on random logits; what cannot run here is left out with a
 line on the standard error. Bytes a second count what has to move, two logits read and one gradient written, and stand
 beside those of a copy between two arrays of the same machine.
-Book: A.7, "How Fast the Loss Is".
+Book: A.7, "How fast the loss is".
 """
 
 import csv

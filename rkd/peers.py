@@ -4,7 +4,7 @@ Kullback–Leibler as PyTorch's users write it (log_softmax, softmax, F.kl_div),
 logarithmic target, its fastest form; the Rényi divergence as three logsumexps, which lose their digits near α = 1 and
 near the teacher, eager and compiled; the careful path of `rkd.logits`; `rkd.renyi_kd_loss` at three orders; on CUDA
 also Liger-Kernel's KL with the log_softmaxes that it leaves to its caller, its JSD, and its fused linear JSD.
-Book: A.7, "How Fast the Loss Is".
+Book: A.7, "How fast the loss is".
 """
 
 from collections.abc import Callable
