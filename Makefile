@@ -19,10 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NBVAL := $(BIN)/pytest --nbval --nbval-current-env -p no:cacheprovider -n 2 --dist loadscope -q book
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book site pdf test nbval portable notebook notebooks lint format lock linkcheck serve clean
+.PHONY: help setup book site pdf test nbval portable notebook notebooks screenshots lint format lock linkcheck serve clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv and install the pinned requirements
 
@@ -67,6 +67,9 @@ notebook: $(READY)  ## re-execute one, as in: make notebook PAGE=book/theory/ren
 
 notebooks: $(READY)  ## re-execute every notebook and store its outputs in place
 	$(BIN)/python book/execute.py
+
+screenshots: site  ## picture every page at three widths in both themes, and measure loading, into _build/screenshots
+	$(BIN)/python tests/browser/screenshots.py _build/screenshots
 
 lint: $(READY)  ## formatting, rules and types
 	$(BIN)/ruff format --check .
