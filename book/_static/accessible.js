@@ -24,8 +24,15 @@
       document.querySelectorAll(`.bd-article :is(${selector})`).forEach((box) => mark(box, kind));
   }
 
+  // The theme takes the focus from its buttons when they are pressed, and who uses the keyboard would be lost.
+  function keepFocus() {
+    const buttons = ".theme-switch-button, .search-button, .primary-toggle, .secondary-toggle";
+    for (const button of document.querySelectorAll(buttons)) button.blur = () => {};
+  }
+
   let waiting;
   addEventListener("load", () => {
+    keepFocus();
     markAll();
     window.MathJax?.startup?.promise?.then(markAll);
   });

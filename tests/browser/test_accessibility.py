@@ -16,6 +16,17 @@ THEMES = ("light", "dark")
 RULES = {"light": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "dark": ["color-contrast", "link-in-text-block"]}
 AXE = "rules => axe.run(document, {resultTypes: ['violations'], runOnly: rules, preload: false})"
 OPEN_FOLDS = "document.querySelectorAll('main details').forEach(fold => fold.open = true)"
+# code has thousands of words in few colours: one of each colour and ground is looked at
+ONE_WORD_OF_EACH = """() => {
+    const seen = new Set();
+    for (const word of document.querySelectorAll('pre span:not(:has(*))')) {
+        const grounds = [word, word.closest('pre'), word.closest('div')];
+        const look = grounds.map(part => getComputedStyle(part)).map(style => style.color + style.backgroundColor);
+        const key = look + word.closest('div').className + word.className;
+        word.style.visibility = seen.has(key) ? 'hidden' : '';
+        seen.add(key);
+    }
+}"""
 
 # the page is wider than the window
 BEYOND = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -71,6 +82,7 @@ def test_it_works_from_the_disk(opened):
 @pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing_serious(opened, theme):
     page = opened.show(theme)
+    page.evaluate(ONE_WORD_OF_EACH)
     page.evaluate(axe())
     assert violations(page, RULES[theme]) == []
 
