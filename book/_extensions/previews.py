@@ -19,10 +19,10 @@ Address = tuple[str, str]  # page, anchor
 
 
 def cleaned(element: Tag) -> Tag:
-    """A copy to show a second time: no id twice, no link to itself, not a stop of the Tab key."""
+    """A copy to show a second time: no id twice, no link to itself, no stop of the Tab key, no figure that computes."""
     copy = BeautifulSoup(str(element), "html.parser")
-    for link in copy.select("a.headerlink"):
-        link.decompose()
+    for part in copy.select("a.headerlink, .rkd-interactive"):
+        part.decompose()
     for tag in copy.find_all(True):
         for attribute in ("id", "tabindex", "role", "aria-label"):
             tag.attrs.pop(attribute, None)
@@ -46,7 +46,7 @@ def moved(copy: Tag, source: str, target: str) -> str:
             address = tag[attribute]
             if address.startswith("#"):
                 address = f"{posixpath.basename(source)}.html{address}"
-            if "://" not in address:
+            if "://" not in address and not address.startswith("data:"):
                 there = posixpath.join(posixpath.dirname(source), address)
                 tag[attribute] = posixpath.relpath(there, posixpath.dirname(target) or ".")
     return str(copy)
