@@ -5,7 +5,7 @@ import re
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from visits import PAGES, SITE
+from visits import PAGES, SITE, visitor
 
 FORMULAS = """() => {
     const all = [...document.querySelectorAll('span.math, div.math')];
@@ -74,3 +74,16 @@ def test_the_front_page_sends_on_to_the_introduction(window, base):
     window.page.goto(base)
     window.page.wait_for_url("**/book/index.html")
     assert window.page.get_by_role("heading", name="Introduction").is_visible()
+
+
+@pytest.mark.parametrize("name", ["book/renyi-distillation/explorer", "book/renyi-distillation/copies"])
+def test_the_heaviest_pages_load_less_than_three_megabytes(browser, base, name):
+    """Uncompressed, nothing cached, fonts included."""
+    first = visitor(browser, base)
+    received = {}
+    first.page.on("response", lambda answer: received.setdefault(answer.url, answer))
+    first.open(f"{base}{name}.html")
+    weights = [len(answer.body()) for answer in received.values() if answer.ok]
+    first.page.context.close()
+    assert len(weights) > 20
+    assert sum(weights) < 3_000_000
