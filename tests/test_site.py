@@ -109,7 +109,7 @@ class TestOffline:
 class TestWeight:
     @pytest.mark.parametrize("name", EVERY)
     def test_first_load_is_below_three_megabytes(self, name):
-        """Uncompressed, nothing cached, all pictures, and what MathJax loads but for its fonts, which depend on formulas."""
+        """Uncompressed, nothing cached, all pictures, and of MathJax all but the fonts, which depend on formulas."""
         files = {file_of(name, address).resolve() for address in fetched(name) if not address.startswith("data:")}
         files.add(SITE / f"{name}.html")
         files.add(SITE / "_static" / "vendor" / "fontawesome" / "webfonts" / "fa-solid-900.woff2")
