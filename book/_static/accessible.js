@@ -30,6 +30,13 @@
     for (const button of document.querySelectorAll(buttons)) button.blur = () => {};
   }
 
+  // Sphinx has no summary of a result without text, and its search stumbles over that.
+  addEventListener("DOMContentLoaded", () => {
+    if (typeof Search === "undefined") return;
+    const summary = Search.makeSearchSummary;
+    Search.makeSearchSummary = (...given) => summary.apply(Search, given) ?? document.createTextNode("");
+  });
+
   let waiting;
   addEventListener("load", () => {
     keepFocus();
