@@ -12,13 +12,12 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fused import fused, layer, with_gradients
+from test_fused import fused, layer, plain, with_gradients
 from test_loss import BAR, CASES, SMALL, pair
 
 import rkd.launches
 import rkd.operators
 from rkd import DistillationLoss, renyi_kd_loss
-from rkd.logits import renyi_from_logits
 from rkd.operators import can_launch, visit_in_place, weighted_loss
 
 VALUE_BAR, GRADIENT_BAR = BAR[torch.float32]
@@ -40,14 +39,6 @@ only_fast = pytest.mark.parametrize("kernel", ["fast"], indirect=True)
 def launched(z, v, alpha, temperature=1.0, per_order=False, **options):
     z = z.clone().requires_grad_()
     rows = weighted_loss(z, v, alpha, temperature, per_order, options.pop("soft", 1.0), **options)
-    rows.sum().backward()
-    return rows.detach(), z.grad
-
-
-def plain(z, v, alpha, temperature=1.0, per_order=False):
-    z = z.double().clone().requires_grad_()
-    alpha, temperature = (x.double() if isinstance(x, torch.Tensor) else x for x in (alpha, temperature))
-    rows = renyi_from_logits(z, v.double(), alpha, temperature, per_order)
     rows.sum().backward()
     return rows.detach(), z.grad
 
